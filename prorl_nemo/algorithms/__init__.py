@@ -1,0 +1,1 @@
+"""ProRL v2 as pure functions of tensors. Imports torch and nothing else of this project."""

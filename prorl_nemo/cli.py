@@ -1,0 +1,84 @@
+"""The `prorl` command. Arguments in, messages out; the work is done elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from prorl_nemo.errors import UserError
+
+app = typer.Typer(
+    help="ProRL v2 on Megatron-Core and vLLM.", no_args_is_help=True, add_completion=False
+)
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="section.key=value overrides.")
+]
+
+
+@app.command()
+def train(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Train, or resume where the run stopped."""
+    with _errors():
+        from prorl_nemo.recipe import load_recipe
+
+        settings = load_recipe(recipe, overrides or [])
+        from prorl_nemo.training.run import train as run
+
+        finished, report = run(settings)
+        state = "finished" if finished else "stopped and saved; the same command resumes"
+        print(f"{settings.name}: {state}\nreport: {report}")
+
+
+@app.command()
+def check(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the lines here.")] = None,
+) -> None:
+    """Prove on this machine that a set-up is numerically right."""
+    with _errors():
+        from prorl_nemo.recipe import load_recipe
+
+        settings = load_recipe(recipe, overrides or [])
+        from prorl_nemo.training.check import run_check
+
+        ok = run_check(settings, json_file)
+    raise typer.Exit(0 if ok else 1)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
+    out: Annotated[Path | None, typer.Option(help="HTML file; default: RUN/report.html.")] = None,
+) -> None:
+    """One HTML page of a run, or of several side by side."""
+    with _errors():
+        from prorl_nemo.reporting import write_report
+
+        target = out or runs[0] / "report.html"
+        write_report(runs, target)
+        print(f"report: {target}")
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """A user's mistake is one message and exit status 2; anything else keeps its traceback."""
+    try:
+        yield
+    except UserError as error:
+        Console(stderr=True).print(f"[bold red]error[/] {_plain(str(error))}", highlight=False)
+        raise typer.Exit(2) from None
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+if __name__ == "__main__":
+    app()

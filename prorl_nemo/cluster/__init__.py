@@ -1,0 +1,1 @@
+"""Processes and where they run: Ray actors round the trainer's ranks."""

@@ -1,0 +1,1 @@
+"""Prompts in: sources of questions, chat rendering, and the mixture that training draws from."""

@@ -1,0 +1,314 @@
+"""Questions of one Reasoning Gym task (the logic domain of ProRL, section 3.4).
+
+Items are generated when they are asked for, by slot, and each slot always gives
+the same item: 2,000 prompts of eight tasks cost nothing before the first draw,
+and a resumed run needs no list of questions. Training prompts follow the run's
+seed. Held-out prompts do not: every run of every seed sits the same exam.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import os
+import random
+import select
+import subprocess
+import sys
+import tempfile
+import weakref
+from pathlib import Path
+from typing import IO, Any
+
+from prorl_nemo.data.chat import ChatRenderer, PromptDropped, chat_messages
+from prorl_nemo.errors import RecipeError
+from prorl_nemo.records import Prompt
+
+_WORKER = Path(__file__).with_name("reasoning_gym_worker.py")
+
+# Slots of the two small splits; the exam takes its first ones, whatever its length.
+_HELD_OUT_SLOTS = 1000
+_EXAMPLES = 16
+
+# The slowest generator (number_sequence) was seen to need 30 s for one item.
+_SECONDS_PER_ITEM = 120.0
+_SECONDS_TO_START = 120.0
+
+
+class GeneratorDied(Exception):  # noqa: N818 - reported as a dropped prompt.
+    """The generating process ended or hung on a request."""
+
+
+class ReasoningGymGenerator:
+    """The process that generates items (see `reasoning_gym_worker`); starts when first asked.
+
+    It ends with this object, with `close`, or when this process dies.
+    """
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log: IO[bytes] | None = None
+        self._buffer = b""
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """Send one request and wait for its answer.
+
+        Raises:
+            GeneratorDied: the process ended, or took too long and was killed. The next request
+                starts a new one.
+        """
+        seconds = _SECONDS_PER_ITEM
+        if self._process is None:
+            self._start()
+            seconds += _SECONDS_TO_START
+        try:
+            return self._exchange(request, seconds)
+        except (OSError, ValueError) as error:
+            reason = self._last_words() or str(error)
+            self.close()
+            raise GeneratorDied(reason) from None
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._finalizer()
+            self._process = None
+            self._buffer = b""
+
+    def _start(self) -> None:
+        log = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process.
+        process = subprocess.Popen(
+            # -P: the script's folder must not shadow anyone's modules.
+            [sys.executable, "-P", str(_WORKER)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env={**os.environ, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"},
+        )
+        self._process, self._log = process, log
+        self._finalizer = weakref.finalize(self, _end, process, log)
+
+    def _exchange(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
+        process = self._process
+        assert process is not None and process.stdin is not None and process.stdout is not None
+        process.stdin.write(json.dumps(request).encode() + b"\n")
+        process.stdin.flush()
+        # poll, because select refuses descriptors above 1023, which a large run has.
+        ready = select.poll()
+        ready.register(process.stdout, select.POLLIN)
+        while b"\n" not in self._buffer:
+            if not ready.poll(1000 * seconds):
+                raise OSError(f"no answer after {seconds:.0f} s")
+            chunk = os.read(process.stdout.fileno(), 1 << 16)
+            if not chunk:
+                raise OSError("the generating process ended")
+            self._buffer += chunk
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def _last_words(self) -> str:
+        """The last line of the process's stderr: for a failed import, which one."""
+        assert self._log is not None
+        self._log.seek(0)
+        lines = self._log.read().decode(errors="replace").split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "")[:300]
+
+
+def _end(process: subprocess.Popen[bytes], log: IO[bytes]) -> None:
+    process.kill()
+    for stream in (process.stdin, process.stdout, log):
+        if stream is not None:
+            with contextlib.suppress(OSError):  # A request may be left in the pipe.
+                stream.close()
+    process.wait()
+
+
+class ReasoningGymSource:
+    """One task: training prompts by slot, and held-out prompts.
+
+    Args:
+        task: registered name of the task.
+        config: the task's own settings.
+        size: slots of the training split. Slots may repeat a question (narrow tasks do);
+            the mixture passes over repetitions.
+        seed: the run's seed.
+        renderer: makes the tokens.
+        generator: shared by all sources.
+        key: where the recipe speaks of this source, for error messages.
+
+    Raises:
+        RecipeError: unknown task, unknown or wrong setting.
+    """
+
+    domain = "logic"
+
+    def __init__(
+        self,
+        task: str,
+        config: dict[str, Any],
+        *,
+        size: int,
+        seed: int,
+        renderer: ChatRenderer,
+        generator: ReasoningGymGenerator,
+        worked_examples: int = 0,
+        system_prompt: str | None = None,
+        key: str = "data.sources",
+    ) -> None:
+        self.task = task
+        self.size = size
+        self._config = config
+        self._seed = seed
+        self._renderer = renderer
+        self._generator = generator
+        self._worked_examples = worked_examples
+        self._system_prompt = system_prompt
+        self._key = key
+        self._examples: dict[str, list[tuple[str, str]]] = {}
+        self.version = self._check()
+
+    @property
+    def fingerprint(self) -> str:
+        """What the prompts depend on: a saved cursor is worthless under another one."""
+        settings = {
+            "config": self._config,
+            "size": self.size,
+            "seed": self._seed,
+            "worked_examples": self._worked_examples,
+            "system_prompt": self._system_prompt,
+            "max_prompt_tokens": self._renderer.max_prompt_tokens,
+        }
+        return f"{self.task} {json.dumps(settings)} of reasoning-gym {self.version}"
+
+    def prompt(self, slot: int) -> Prompt:
+        """The training prompt of a slot, 0 <= slot < size. Raises PromptDropped."""
+        entry = self._entry("train", slot)
+        return self._make(f"reasoning_gym/{self.task}/{slot}", entry, str(self._seed), slot)
+
+    def held_out(self, count: int) -> list[Prompt]:
+        """`count` prompts with different questions, none of which training ever shows.
+
+        Raises:
+            RecipeError: the task has fewer.
+        """
+        prompts: list[Prompt] = []
+        questions: set[str] = set()
+        reasons: set[str] = set()
+        for slot in range(_HELD_OUT_SLOTS):
+            if len(prompts) == count:
+                break
+            try:
+                entry = self._entry("held_out", slot)
+                if entry["question"] not in questions:
+                    prompt_id = f"reasoning_gym/{self.task}/held_out-{slot}"
+                    prompts.append(self._make(prompt_id, entry, "held_out", slot))
+                    questions.add(entry["question"])
+            except PromptDropped as dropped:
+                reasons.add(str(dropped))
+        if len(prompts) < count:
+            why = f" ({'; '.join(sorted(reasons))})" if reasons else ""
+            raise RecipeError(
+                f"validation.prompts_per_task: {self.task} has only {len(prompts)} different "
+                f"held-out questions{why}; ask for at most that many, or widen {self._key}.config"
+            )
+        return prompts
+
+    def _make(self, prompt_id: str, entry: dict[str, Any], seed: str, slot: int) -> Prompt:
+        messages = chat_messages(
+            entry["question"].rstrip(), self._examples_for(seed, slot), self._system_prompt
+        )
+        return Prompt(
+            prompt_id=prompt_id,
+            domain=self.domain,
+            task=self.task,
+            messages=messages,
+            token_ids=self._renderer.render(messages),
+            grading={
+                "kind": "reasoning_gym",
+                "task": self.task,
+                "config": self._config,
+                "entry": entry,
+            },
+        )
+
+    def _examples_for(self, seed: str, slot: int) -> list[tuple[str, str]]:
+        """Worked examples of a prompt. They differ between prompts: with fixed ones, copying
+        their answers would be a habit worth learning."""
+        if not self._worked_examples:
+            return []
+        if seed not in self._examples:
+            self._examples[seed] = self._example_pool(seed)
+        rng = random.Random(f"{seed}/{self.task}/{slot}")
+        return rng.sample(self._examples[seed], self._worked_examples)
+
+    def _example_pool(self, seed: str) -> list[tuple[str, str]]:
+        pool: dict[str, str] = {}
+        for slot in range(max(_EXAMPLES, 2 * self._worked_examples)):
+            with contextlib.suppress(PromptDropped):
+                entry = self._entry("examples", slot, seed)
+                if not isinstance(entry["answer"], str):
+                    raise RecipeError(
+                        f"data.worked_examples: {self.task} has no reference answers to show; "
+                        f"set it to 0, or leave {self._key} out"
+                    )
+                pool[entry["question"].rstrip()] = entry["answer"]
+        if len(pool) < self._worked_examples:
+            raise RecipeError(
+                f"data.worked_examples: {self.task} has only {len(pool)} questions to show as "
+                f"examples; lower it, or widen {self._key}.config"
+            )
+        return list(pool.items())
+
+    def _entry(self, split: str, slot: int, seed: str = "") -> dict[str, Any]:
+        if not seed:
+            seed = str(self._seed) if split == "train" else split
+        try:
+            answer = self._generator.ask(
+                op="item",
+                task=self.task,
+                config=self._config,
+                seed=seed,
+                size=self.size if split == "train" else _HELD_OUT_SLOTS,
+                split=split,
+                slot=slot,
+            )
+        except GeneratorDied as death:
+            raise PromptDropped(f"generator died: {death}") from None
+        if "dropped" in answer:
+            raise PromptDropped(answer["dropped"])
+        entry: dict[str, Any] = answer["entry"]
+        return entry
+
+    def _check(self) -> str:
+        try:
+            json.dumps(self._config, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise RecipeError(
+                f"{self._key}.config: numbers, strings, lists and mappings only ({error})"
+            ) from None
+        try:
+            answer = self._generator.ask(op="check", task=self.task, config=self._config)
+        except GeneratorDied as death:
+            raise RecipeError(
+                f"{self._key}: reasoning-gym cannot be used ({death}); is it installed?"
+            ) from None
+        if "unknown_task" in answer:
+            raise RecipeError(
+                f"{self._key}.task: Reasoning Gym has no task {self.task!r}"
+                f"{_nearest(self.task, answer['unknown_task'])}"
+            )
+        if "unknown_key" in answer:
+            unknown, known = answer["unknown_key"], answer["known"]
+            hint = _nearest(unknown, known) or f"; it has: {', '.join(known)}"
+            raise RecipeError(f"{self._key}.config.{unknown}: unknown setting of {self.task}{hint}")
+        if "bad_config" in answer:
+            reason = answer["bad_config"]
+            raise RecipeError(f"{self._key}.config: {self.task} refuses it ({reason})")
+        version: str = answer["version"]
+        return version
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3)
+    return f"; did you mean {' or '.join(near)}?" if near else ""

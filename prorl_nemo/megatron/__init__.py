@@ -1,0 +1,1 @@
+"""The policy: the only room that imports Megatron-Core."""

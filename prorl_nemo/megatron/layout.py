@@ -1,0 +1,146 @@
+"""What the model is, read from its Hugging Face config, and whether a layout can hold it.
+
+Imports neither Megatron nor torch, so that a recipe that cannot work is refused
+in a moment. Whatever of a config is not mapped is refused by name: a property
+that is silently ignored gives a policy that is not the model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prorl_nemo.errors import ModelError, RecipeError
+from prorl_nemo.recipe import Policy
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A dense decoder of a known family.
+
+    Attributes:
+        max_positions: tokens (prompt and response together) the model was made for.
+        parameters: their number, from the shapes.
+    """
+
+    family: str
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    groups: int
+    head_dim: int
+    vocab: int
+    norm_eps: float
+    rope_theta: float
+    max_positions: int
+    tied: bool
+    qkv_bias: bool
+    qk_norm: bool
+
+    @property
+    def parameters(self) -> int:
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.groups)
+        embeddings = self.vocab * self.hidden * (1 if self.tied else 2)
+        return self.layers * (attention + 3 * self.hidden * self.ffn) + embeddings
+
+
+def read_model_spec(folder: Path) -> ModelSpec:
+    """Read `config.json`. Raises ModelError for a model this project does not map."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model: {path} cannot be read ({error})") from None
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise ModelError(
+            f"model: {path} has model_type {family!r}; mapped families: {', '.join(FAMILIES)}"
+        )
+    _refuse_unmapped(config, path)
+    try:
+        heads = int(config["num_attention_heads"])
+        return ModelSpec(
+            family=family,
+            layers=int(config["num_hidden_layers"]),
+            hidden=int(config["hidden_size"]),
+            ffn=int(config["intermediate_size"]),
+            heads=heads,
+            groups=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or int(config["hidden_size"]) // heads),
+            vocab=int(config["vocab_size"]),
+            norm_eps=float(config["rms_norm_eps"]),
+            rope_theta=float(_rope(config)["rope_theta"]),
+            max_positions=int(config["max_position_embeddings"]),
+            tied=bool(config.get("tie_word_embeddings", False)),
+            qkv_bias=family == "qwen2",
+            qk_norm=family == "qwen3",
+        )
+    except KeyError as error:
+        raise ModelError(f"model: {path} lacks {error}") from None
+
+
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
+    """Rope settings, where transformers 5 (`rope_parameters`) and 4 keep them."""
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    if "rope_theta" not in rope:
+        rope["rope_theta"] = config.get("rope_theta", 10000.0)
+    return rope
+
+
+def _refuse_unmapped(config: dict[str, Any], path: Path) -> None:
+    kind = _rope(config).get("rope_type", _rope(config).get("type", "default"))
+    unmapped = {
+        f"rope_type {kind!r}": kind not in ("default", None),
+        "sliding windows": bool(config.get("use_sliding_window")),
+        "attention_bias": config["model_type"] != "qwen2" and bool(config.get("attention_bias")),
+        "mlp_bias": bool(config.get("mlp_bias")),
+        f"hidden_act {config.get('hidden_act')!r}": config.get("hidden_act", "silu") != "silu",
+        "quantization_config": "quantization_config" in config,
+    }
+    found = [name for name, present in unmapped.items() if present]
+    if found:
+        raise ModelError(f"model: {path} uses {', '.join(found)}, which this project does not map")
+
+
+def padded_vocab(spec: ModelSpec, tensor_parallel: int) -> int:
+    """Vocabulary rounded up to a multiple of the tensor-parallel size, no further."""
+    return -(-spec.vocab // tensor_parallel) * tensor_parallel
+
+
+def check_layout(policy: Policy, spec: ModelSpec) -> None:
+    """Refuse a layout that does not divide the model.
+
+    Raises:
+        RecipeError: naming the key, the figures and the values that would do.
+    """
+    tp, pp = policy.tensor_parallel, policy.pipeline_parallel
+    problems = []
+    for what, size in (("attention heads", spec.heads), ("key/value heads", spec.groups),
+                       ("feed-forward width", spec.ffn)):
+        if size % tp:
+            problems.append(
+                f"policy.tensor_parallel: {tp} does not divide the model's {size} {what}; "
+                f"possible: {_divisors(_common(spec))}"
+            )
+            break
+    if spec.layers % pp:
+        problems.append(
+            f"policy.pipeline_parallel: {pp} does not divide the model's {spec.layers} layers; "
+            f"possible: {_divisors(spec.layers)}"
+        )
+    if problems:
+        raise RecipeError("\n  ".join(problems))
+
+
+def _common(spec: ModelSpec) -> int:
+    return math.gcd(math.gcd(spec.heads, spec.groups), spec.ffn)
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)

@@ -1,0 +1,201 @@
+"""The policy network: Megatron-Core's GPTModel over packed rows, returning log-probs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from prorl_nemo.megatron import hf_weights
+from prorl_nemo.megatron.layers import PackedAttention, PackedRotaryEmbedding, RMSNorm
+from prorl_nemo.megatron.layout import ModelSpec, padded_vocab
+from prorl_nemo.megatron.logprobs import response_logprobs
+from prorl_nemo.megatron.packing import PackedRow
+from prorl_nemo.recipe import Policy
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class PolicyModel(GPTModel):
+    """GPTModel whose last stage gives [2, targets]: log-probs and entropy of a row's responses.
+
+    The hidden states of response positions go straight to the chunked
+    log-probs, so the logits of a row never exist.
+    """
+
+    true_vocab_size: int
+
+    def _postprocess(
+        self, hidden_states: Tensor, *args: Any, packed_seq_params: Any = None, **kwargs: Any
+    ) -> Tensor:
+        if not self.post_process:
+            return hidden_states
+        row: PackedRow = packed_seq_params
+        if self.config.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(hidden_states)
+        weight = (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
+        )
+        logprobs, entropy = response_logprobs(
+            hidden_states[:, 0].index_select(0, row.hidden_index),
+            weight,
+            row.targets,
+            row.temperature,
+            self.true_vocab_size,
+            parallel_state.get_tensor_model_parallel_group(),
+        )
+        return torch.stack((logprobs, entropy))
+
+
+def transformer_config(spec: ModelSpec, policy: Policy) -> TransformerConfig:
+    """Megatron's configuration of a model and layout.
+
+    Rope and activation fusions stay off: on DeepSeek-R1-Distill-Qwen-1.5B they make
+    trainer and engine disagree (NeMo-RL #1801). `moe_token_dispatcher_type` matters to
+    dense models too: variable sequence lengths over pipeline stages require it.
+    """
+    dtype = DTYPES[policy.precision]
+    recompute: dict[str, Any] = {}
+    if policy.recompute == "full":
+        recompute = dict(
+            recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
+        )
+    elif policy.recompute == "selective":
+        recompute = dict(recompute_granularity="selective", recompute_modules=["core_attn"])
+    return TransformerConfig(
+        num_layers=spec.layers,
+        hidden_size=spec.hidden,
+        ffn_hidden_size=spec.ffn,
+        num_attention_heads=spec.heads,
+        num_query_groups=spec.groups,
+        kv_channels=spec.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=spec.norm_eps,
+        qk_layernorm=spec.qk_norm,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=spec.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=policy.precision == "bf16",
+        tensor_model_parallel_size=policy.tensor_parallel,
+        pipeline_model_parallel_size=policy.pipeline_parallel,
+        calculate_per_token_loss=True,
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        apply_rope_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        deallocate_pipeline_outputs=True,
+        # Weights come from the folder, but initialisation must be "performed": without it
+        # Megatron leaves out the attributes by which the gradient norm counts a tensor-parallel
+        # shard on every rank, and the norm is silently too small.
+        perform_initialization=True,
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        **recompute,
+    )
+
+
+def _leave(weight: Tensor) -> Tensor:
+    return weight
+
+
+def layer_spec(spec: ModelSpec) -> ModuleSpec:
+    """Megatron's local layer with our norm and our packed attention."""
+    layer = get_gpt_layer_local_spec(qk_layernorm=spec.qk_norm, normalization="RMSNorm")
+    submodules = layer.submodules
+    submodules.input_layernorm = RMSNorm
+    submodules.pre_mlp_layernorm = RMSNorm
+    attention = submodules.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if spec.qk_norm:
+        attention.q_layernorm = RMSNorm
+        attention.k_layernorm = RMSNorm
+    return layer
+
+
+def build_model(spec: ModelSpec, policy: Policy, folder: Path) -> PolicyModel:
+    """This rank's part of the model, with the folder's weights. Needs parallel_state."""
+    config = transformer_config(spec, policy)
+    first = parallel_state.is_pipeline_first_stage(ignore_virtual=True)
+    last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+    model = PolicyModel(
+        config,
+        _block_spec(spec, config),
+        vocab_size=padded_vocab(spec, policy.tensor_parallel),
+        max_sequence_length=spec.max_positions,
+        pre_process=first,
+        post_process=last,
+        share_embeddings_and_output_weights=spec.tied,
+        position_embedding_type="rope",
+        rotary_base=int(spec.rope_theta),
+    )
+    model.true_vocab_size = spec.vocab
+    model.rotary_pos_emb = PackedRotaryEmbedding(
+        kv_channels=spec.head_dim,
+        rotary_percent=1.0,
+        rotary_base=spec.rope_theta,
+        use_cpu_initialization=config.use_cpu_initialization,
+    )
+    if torch.cuda.is_available():
+        model.cuda()
+    if policy.precision == "bf16":
+        model.bfloat16()
+    hf_weights.load_weights(
+        model, layer_offset(model), weight_shape(spec, policy), folder, *_tensor_rank()
+    )
+    return model
+
+
+def _block_spec(spec: ModelSpec, config: TransformerConfig) -> Any:
+    from megatron.core.transformer.transformer_block import (
+        TransformerBlockSubmodules,
+        get_num_layers_to_build,
+    )
+
+    return TransformerBlockSubmodules(
+        layer_specs=[layer_spec(spec)] * get_num_layers_to_build(config), layer_norm=RMSNorm
+    )
+
+
+def weight_shape(spec: ModelSpec, policy: Policy) -> hf_weights.Shape:
+    return hf_weights.Shape(
+        spec.heads,
+        spec.groups,
+        spec.head_dim,
+        spec.vocab,
+        padded_vocab(spec, policy.tensor_parallel),
+    )
+
+
+def layer_offset(model: GPTModel) -> int:
+    """Global index of the first layer of this rank's part."""
+    layers = model.decoder.layers
+    return int(layers[0].layer_number) - 1 if len(layers) else 0
+
+
+def _tensor_rank() -> tuple[int, int]:
+    return (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+    )

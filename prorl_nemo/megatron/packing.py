@@ -1,0 +1,110 @@
+"""Packed rows: many sequences, and prompts shared by a group, in one [1, tokens] row.
+
+A row is a list of trees. A tree is a prompt followed by the responses of its
+group; each response attends to the prompt and to itself, with the positions it
+would have alone. A plain sequence is a tree with one response. The log-prob of
+a response's first token comes from the prompt's last token, so a shared prompt
+is computed once for all its responses, forward and backward: exact, because
+attention is the only place where tokens meet.
+
+Our own layout; packing without sharing follows the usual `thd` practice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from prorl_nemo.megatron.packing_plan import TrainingItem
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Where one prompt and its responses lie in a row (token offsets and lengths)."""
+
+    start: int
+    prompt: int
+    responses: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        return self.prompt + sum(self.responses)
+
+
+@dataclass
+class PackedRow(PackedSeqParams):
+    """One micro-batch. Passed through Megatron as its `packed_seq_params`.
+
+    `qkv_format` is not `thd`: attention gets [tokens, 1, heads, dim] and the
+    rotary embedding of each token's own position (see layers.py).
+
+    Attributes:
+        input_ids: [1, tokens].
+        position_ids: [tokens], each token's position in its own sequence.
+        trees: the layout, in order.
+        hidden_index: [targets], row index of the hidden state that predicts each target.
+        targets: [targets], response tokens in order of (item, response, position).
+        sample_ids, sample_lengths: the sample of each run of targets, and its length.
+        temperature: divides the logits, as it did when the responses were sampled.
+    """
+
+    input_ids: Tensor = field(default_factory=lambda: torch.empty(0))
+    position_ids: Tensor = field(default_factory=lambda: torch.empty(0))
+    trees: tuple[Tree, ...] = ()
+    hidden_index: Tensor = field(default_factory=lambda: torch.empty(0))
+    targets: Tensor = field(default_factory=lambda: torch.empty(0))
+    sample_ids: tuple[int, ...] = ()
+    sample_lengths: tuple[int, ...] = ()
+    temperature: float = 1.0
+
+    @property
+    def tokens(self) -> int:
+        return int(self.input_ids.shape[1])
+
+
+def build_row(
+    items: Sequence[TrainingItem], temperature: float = 1.0, multiple_of: int = 1
+) -> PackedRow:
+    """Lay out `items` in one row, padded with token 0 to a multiple (sequence parallelism).
+
+    The padding is a tree of its own, so nothing attends to it.
+    """
+    ids: list[int] = []
+    positions: list[int] = []
+    hidden: list[int] = []
+    targets: list[int] = []
+    trees: list[Tree] = []
+    for item in items:
+        if not item.prompt_ids or not all(len(r) for r in item.responses):
+            raise ValueError("a prompt and each of its responses need at least one token")
+        start, prompt = len(ids), len(item.prompt_ids)
+        ids.extend(item.prompt_ids)
+        positions.extend(range(prompt))
+        for response in item.responses:
+            first = len(ids)
+            ids.extend(response)
+            positions.extend(range(prompt, prompt + len(response)))
+            hidden.append(start + prompt - 1)
+            hidden.extend(range(first, first + len(response) - 1))
+            targets.extend(response)
+        trees.append(Tree(start, prompt, tuple(len(r) for r in item.responses)))
+    padding = -len(ids) % multiple_of
+    if padding:
+        trees.append(Tree(len(ids), padding, ()))
+        ids.extend([0] * padding)
+        positions.extend(range(padding))
+    return PackedRow(
+        qkv_format="sbhd",
+        input_ids=torch.tensor([ids], dtype=torch.int64),
+        position_ids=torch.tensor(positions, dtype=torch.int64),
+        trees=tuple(trees),
+        hidden_index=torch.tensor(hidden, dtype=torch.int64),
+        targets=torch.tensor(targets, dtype=torch.int64),
+        sample_ids=tuple(i for item in items for i in item.sample_ids),
+        sample_lengths=tuple(len(r) for item in items for r in item.responses),
+        temperature=temperature,
+    )

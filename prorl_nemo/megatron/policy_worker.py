@@ -1,0 +1,365 @@
+"""One rank of the policy: log-probs, minibatch updates, reference, weights out, checkpoints.
+
+Knows nothing of Ray. Whoever starts the processes (Ray actors, or a test with
+torch.multiprocessing) calls the same methods on every rank; each is collective.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from prorl_nemo.algorithms.kl import kl_estimate
+from prorl_nemo.algorithms.policy_loss import clipped_policy_loss, importance_weights
+from prorl_nemo.megatron.cpu import enable_cpu
+from prorl_nemo.megatron.layout import check_layout, read_model_spec
+from prorl_nemo.megatron.packing_plan import TrainingItem, pack, split_over_ranks
+from prorl_nemo.recipe import Recipe
+from prorl_nemo.rollout.weights import tensor_checksum
+from prorl_nemo.training.batch import StepSettings, TrainingBatch
+
+enable_cpu()
+
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+from megatron.core.distributed import (  # noqa: E402
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
+from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+
+from prorl_nemo.megatron import checkpoint, hf_weights  # noqa: E402
+from prorl_nemo.megatron.model import (  # noqa: E402
+    build_model,
+    layer_offset,
+    transformer_config,
+    weight_shape,
+)
+from prorl_nemo.megatron.packing import PackedRow, build_row  # noqa: E402
+
+
+class PolicyWorker:
+    """The rank's model, optimizer and reference.
+
+    Args:
+        recipe: the run's settings.
+        folder: the Hugging Face folder the policy starts from.
+        rank, world_size: of this process among the trainer's.
+        init_method: torch.distributed address (`tcp://host:port` or `file://path`).
+    """
+
+    def __init__(
+        self, recipe: Recipe, folder: Path, rank: int, world_size: int, init_method: str
+    ) -> None:
+        self.recipe, self.policy = recipe, recipe.policy
+        self.spec = read_model_spec(folder)
+        check_layout(self.policy, self.spec)
+        on_gpu = torch.cuda.is_available()
+        if on_gpu:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        else:
+            cores = len(os.sched_getaffinity(0))
+            torch.set_num_threads(self.policy.threads or max(1, cores // world_size))
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            init_method=init_method,
+            rank=rank,
+            world_size=world_size,
+        )
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=self.policy.tensor_parallel,
+            pipeline_model_parallel_size=self.policy.pipeline_parallel,
+        )
+        tensor_parallel.model_parallel_cuda_manual_seed(recipe.seed)
+        self.device = torch.device("cuda" if on_gpu else "cpu")
+        self._build(folder)
+
+    def _build(self, folder: Path) -> None:
+        self.model = build_model(self.spec, self.policy, folder)
+        self.config = self.model.config
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False
+        )
+        self.ddp = DistributedDataParallel(self.config, ddp, self.model)
+        settings = self.policy.optimizer
+        self.optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=settings.learning_rate,
+                weight_decay=settings.weight_decay,
+                adam_beta1=settings.betas[0],
+                adam_beta2=settings.betas[1],
+                adam_eps=settings.eps,
+                clip_grad=settings.clip_grad,
+                bf16=self.policy.precision == "bf16",
+                params_dtype=self.config.params_dtype,
+                use_distributed_optimizer=True,
+            ),
+            [self.ddp],
+        )
+        checkpoint.allocate_adam_state(self.optimizer)
+        self.config.grad_scale_func = self.optimizer.scale_loss
+        self.config.finalize_model_grads_func = finalize_model_grads
+        self.reference = [p.detach().clone() for p in self.model.parameters()]
+
+    # ---- forward passes -------------------------------------------------------------------
+
+    def logprobs(
+        self, batch: TrainingBatch, which: str = "policy"
+    ) -> dict[int, NDArray[np.float32]]:
+        """Log-probs and entropy of every response token, [2, length] for each sample index.
+
+        Computed under the current policy or the reference (`which`). Returned by the ranks
+        that hold the result (last stage, first tensor-parallel rank); {} on the others.
+        """
+        rows = self._rows(batch, range(len(batch.groups)))
+        found: dict[int, NDArray[np.float32]] = {}
+
+        def collect(row: PackedRow, output: Tensor, non_loss_data: bool = True) -> Tensor:
+            return output
+
+        context = self._reference_weights() if which == "reference" else contextlib.nullcontext()
+        with context, torch.no_grad():
+            outputs = self._run(rows, collect, forward_only=True)
+        if self._reports:
+            for row, output in zip(rows, outputs, strict=True):
+                parts = output.float().cpu().split(list(row.sample_lengths), dim=1)
+                for sample, part in zip(row.sample_ids, parts, strict=True):
+                    found[sample] = part.numpy()
+        return found
+
+    @property
+    def _reports(self) -> bool:
+        return bool(
+            parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+            and parallel_state.get_tensor_model_parallel_rank() == 0
+        )
+
+    def _rows(self, batch: TrainingBatch, groups: range) -> list[PackedRow]:
+        """The packed rows of these groups that this data-parallel rank computes."""
+        ranks = parallel_state.get_data_parallel_world_size()
+        items = batch.items(groups, self.policy.shared_prompts)
+        plan = plan_rows(items, self.policy.tokens_per_microbatch, ranks)
+        mine = plan[parallel_state.get_data_parallel_rank()]
+        return [build_row([items[i] for i in row], batch.temperature) for row in mine]
+
+    def _run(self, rows: list[PackedRow], loss: Any, forward_only: bool) -> list[Any]:
+        """Megatron's schedule over the rows; what `loss` returned for each, on the last stage."""
+
+        def forward_step(iterator: Iterator[PackedRow], model: Any) -> tuple[Tensor, Any]:
+            row = next(iterator)
+            output = model(
+                row.input_ids.to(self.device),
+                row.position_ids[None].to(self.device),
+                None,
+                packed_seq_params=row,
+            )
+            return output, partial(loss, row)
+
+        found: list[Any] = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(rows),
+            model=[self.ddp],
+            num_microbatches=len(rows),
+            seq_length=max(row.tokens for row in rows),
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+        return found
+
+    # ---- training -------------------------------------------------------------------------
+
+    def train(self, batch: TrainingBatch, settings: StepSettings) -> list[dict[str, float]]:
+        """The minibatch updates of one rollout. One record of figures for each update.
+
+        Sums (`*_sum`, `tokens`) are this rank's own share: the caller adds them over the
+        ranks that report. `grad_norm`, `skipped` are the same on all.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.learning_rate
+            decay = self.policy.optimizer.weight_decay
+            group["weight_decay"] = decay * group.get("wd_mult", 1.0)
+        records = []
+        for groups in batch.minibatches(settings.minibatches):
+            sums, norm = self.gradient(batch, groups, settings)
+            skipped = not math.isfinite(norm)
+            if not skipped:
+                self.optimizer.step()
+            records.append({**sums, "grad_norm": norm, "skipped": float(skipped)})
+        self.ddp.zero_grad_buffer()
+        return records
+
+    def gradient_norm(self, batch: TrainingBatch, settings: StepSettings) -> float:
+        """Global gradient norm of the whole batch as one minibatch; nothing is updated."""
+        _, norm = self.gradient(batch, range(len(batch.groups)), settings)
+        self.ddp.zero_grad_buffer()
+        return norm
+
+    def gradient(
+        self, batch: TrainingBatch, groups: range, settings: StepSettings
+    ) -> tuple[dict[str, float], float]:
+        """Gradients of one minibatch into the optimizer; figures and the global norm."""
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        rows = self._rows(batch, groups)
+        outputs = self._run(rows, partial(self._loss, batch, settings), forward_only=False)
+        self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())
+        sums: dict[str, float] = {}
+        if self._reports:
+            for output in outputs:
+                for name, value in output.items():
+                    sums[name] = sums.get(name, 0.0) + float(value)
+        return sums, norm
+
+    def _loss(
+        self, batch: TrainingBatch, settings: StepSettings, row: PackedRow, output: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Sum over the row's response tokens of clipped loss x importance weight + beta x KL.
+
+        Megatron divides the gradients by the token count summed over micro-batches and
+        data-parallel ranks: the exact mean over the minibatch's tokens, however it is split.
+        """
+        logprobs, entropy = output[0], output[1].detach()
+        old, reference, engine = (
+            _flat(figures, row, self.device)
+            for figures in (batch.old_logprobs, batch.reference_logprobs, batch.engine_logprobs)
+        )
+        lengths = torch.tensor(row.sample_lengths, device=self.device)
+        sequence = torch.repeat_interleave(torch.arange(len(lengths), device=self.device), lengths)
+        advantages = torch.tensor(
+            [batch.advantages[s] for s in row.sample_ids], device=self.device, dtype=torch.float32
+        )[sequence]
+        algorithm = self.recipe.algorithm
+        policy = clipped_policy_loss(
+            logprobs,
+            old,
+            advantages,
+            settings.clip_low,
+            settings.clip_high,
+            algorithm.dual_clip,
+        )
+        importance = importance_weights(
+            old,
+            engine,
+            sequence,
+            algorithm.importance.method,
+            algorithm.importance.low,
+            algorithm.importance.high,
+        )
+        kl = kl_estimate(
+            logprobs,
+            reference,
+            algorithm.kl.estimator,
+            algorithm.kl.input_clamp,
+            algorithm.kl.output_clamp,
+        )
+        weighted = policy.per_token * importance.weights
+        loss = (weighted + algorithm.kl.coefficient * kl).sum()
+        figures = {
+            "tokens": torch.tensor(float(logprobs.numel())),
+            # The schedule divides the loss in place: figures are copies.
+            "loss_sum": loss.detach().clone(),
+            "kl_sum": kl.detach().sum(),
+            "entropy_sum": entropy.sum(),
+            "clipped_low_sum": policy.clipped_low.sum(),
+            "clipped_high_sum": policy.clipped_high.sum(),
+            "ratio_sum": policy.ratio.detach().sum(),
+        }
+        return loss, torch.tensor(logprobs.numel(), dtype=torch.int, device=self.device), figures
+
+    # ---- reference ------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _reference_weights(self) -> Iterator[None]:
+        """The reference's weights in the model's place, and the policy's back afterwards."""
+        parameters = list(self.model.parameters())
+        policy = [p.detach().clone() for p in parameters]
+        try:
+            _copy(self.reference, parameters)
+            yield
+        finally:
+            _copy(policy, parameters)
+
+    def reset_reference(self) -> None:
+        """The reference becomes the current policy. The optimizer is not touched."""
+        _copy(list(self.model.parameters()), self.reference)
+
+    def clear_optimizer(self) -> None:
+        """Forget Adam's moments and step count (the rule of ProRL v1)."""
+        checkpoint.allocate_adam_state(self.optimizer)
+
+    # ---- weights and checkpoints ----------------------------------------------------------
+
+    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, whole tensor) of this rank's stage; see hf_weights."""
+        yield from hf_weights.export_weights(
+            self.model,
+            layer_offset(self.model),
+            weight_shape(self.spec, self.policy),
+            parallel_state.get_tensor_model_parallel_group(),
+        )
+
+    def weight_checksums(self, dtype: str) -> dict[str, str]:
+        """Checksum of each exported weight as an engine of type `dtype` holds it."""
+        kind = getattr(torch, dtype)
+        found = {name: tensor_checksum(t, kind) for name, t in self.export_weights()}
+        return found if self.publishes else {}
+
+    @property
+    def publishes(self) -> bool:
+        """Whether this rank's exported weights are the ones to use (one rank for each stage)."""
+        return (
+            parallel_state.get_data_parallel_rank() == 0
+            and parallel_state.get_tensor_model_parallel_rank() == 0
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write policy, optimizer and reference as a sharded checkpoint into `folder`."""
+        checkpoint.save(folder, self.model, self.optimizer, self.reference)
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote, in this or another layout."""
+        checkpoint.load(folder, self.model, self.optimizer, self.reference)
+
+
+def plan_rows(items: list[TrainingItem], budget: int, ranks: int) -> list[list[list[int]]]:
+    """For each data-parallel rank, its rows as lists of item indices; none is left without.
+
+    A rank without a row would leave the others waiting in the gradient reduction, so the
+    budget is halved until there are enough rows.
+    """
+    if len(items) < ranks:
+        raise ValueError(f"{len(items)} sequences cannot be dealt to {ranks} data-parallel ranks")
+    rows = pack(items, budget)
+    while len(rows) < ranks:
+        budget //= 2
+        rows = pack(items, max(budget, 1))
+    costs = [sum(items[i].tokens for i in row) for row in rows]
+    return [[rows[r] for r in share] for share in split_over_ranks(costs, ranks)]
+
+
+def _flat(
+    figures: list[NDArray[np.float32]], row: PackedRow, device: torch.device
+) -> Tensor:
+    """Per-token figures of the row's samples, end to end."""
+    return torch.from_numpy(np.concatenate([figures[s] for s in row.sample_ids])).to(device)
+
+
+def _copy(source: Any, target: Any) -> None:
+    with torch.no_grad():
+        for a, b in zip(source, target, strict=True):
+            b.copy_(a)

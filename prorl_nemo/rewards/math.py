@@ -1,0 +1,147 @@
+r"""Mathematics: is the last \boxed{...} the gold answer? Binary (ProRL, appendix D).
+
+Three verifiers, cheapest first; the answer is right if any accepts: the same text after
+normalisation, the same number or the same values (our check, in the place of DeepScaleR's
+mathd and sympy), and math-verify. math-verify sees only what the others could not decide and
+only tame text, because it can hang or take gigabytes on the rest.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from functools import lru_cache
+from typing import Any
+
+from prorl_nemo.rewards.extraction import final_part, last_box
+from prorl_nemo.rewards.latex_text import canonical, elements, rational, tidy
+from prorl_nemo.rewards.latex_value import same_value
+from prorl_nemo.rewards.verdict import GradingError, Verdict, zero
+
+# Gold answers of MATH, AMC, AIME and Olympiad sets stay far below.
+MAX_ANSWER = 400
+_DECIMALS = 10
+_BASE = re.compile(r"_\{?(\d+)\}?$")
+# Computing these can hang; an answer that leaves them uncomputed is not an answer.
+_UNFINISHED = re.compile(r"\\(?:sum|prod|int|oint|iint|lim)(?![a-zA-Z])")
+_LONG_EXPONENT = re.compile(r"(?:\^|\*\*)\s*[({]*\s*[+-]?\s*\d{5,}")
+_TOWER = re.compile(r"\^[^+\-=,]{0,40}\^|\*\*[^+\-=,]{0,40}\*\*")
+_LONG_FACTORIAL = re.compile(r"\d{4,}\s*[)}]*\s*!|!\s*[)}]*\s*!")
+_LONG_BINOMIAL = re.compile(r"\\[dt]?binom[^a-zA-Z]{0,12}\d{4,}")
+
+
+def grade(grading: dict[str, Any], text: str, training: bool = True) -> Verdict:
+    r"""Score 1 if the response's last box holds the gold answer, else 0.
+
+    Args:
+        grading: `answer`: the gold answer as LaTeX without a box, or a number, or a list of
+            answers of which any is right.
+        text: the response; without \boxed{...} after the thinking it scores 0.
+        training: makes no difference.
+
+    Raises:
+        GradingError: no gold answer.
+    """
+    golds = gold_answers(grading)
+    answer = last_box(final_part(text, grading))
+    if answer is None:
+        return zero(r"no answer: no closed \boxed{...} after the thinking")
+    if not answer:
+        return zero(r"no answer: the box is empty")
+    if len(answer) > MAX_ANSWER:
+        return zero(f"refused: the answer has {len(answer)} characters, {MAX_ANSWER} are allowed")
+    for gold in golds:
+        verifier = accepted_by(gold, answer)
+        if verifier:
+            return Verdict(1.0, {"answer": answer, "verifier": verifier}, "correct")
+    return zero(f"wrong: {answer[:80]!r}", answer=answer)
+
+
+def gold_answers(grading: dict[str, Any]) -> list[str]:
+    """The gold answers of a record, as text. Raises GradingError without one."""
+    answer = grading.get("answer")
+    golds = answer if isinstance(answer, list) else [answer]
+    for gold in golds:
+        if not isinstance(gold, str | int | float) or isinstance(gold, bool) or gold == "":
+            raise GradingError(f"grading.answer: {gold!r} is no gold answer; give text or a number")
+    if not golds:
+        raise GradingError("grading.answer: the list of gold answers is empty")
+    return [str(gold) for gold in golds]
+
+
+def accepted_by(gold: str, answer: str) -> str | None:
+    """Which verifier takes `answer` for `gold`: text, value, math_verify, or None."""
+    if canonical(answer) == canonical(gold):
+        return "text"
+    same = _same(gold, answer)
+    if same is None and not hostile(answer) and _math_verify(gold, answer):
+        return "math_verify"
+    return "value" if same else None
+
+
+def _same(gold: str, answer: str) -> bool | None:
+    """Our own verdict; None where math-verify has to decide."""
+    base, gold_base = (_BASE.search(canonical(text)) for text in (answer, gold))
+    if base and gold_base and base[1] != gold_base[1]:
+        return False  # math-verify ignores the base of 2516_8
+    number, gold_number = rational(answer), rational(gold)
+    if number is not None and gold_number is not None:
+        return number == gold_number
+    ours, theirs = elements(gold), elements(answer)
+    if ours and theirs and ours[0] == theirs[0] and len(ours[1]) == len(theirs[1]):
+        pairs = [
+            canonical(a) == canonical(b) or _same(a, b)
+            for a, b in zip(ours[1], theirs[1], strict=True)
+        ]
+        if all(pairs):
+            return True
+        ordered = ours[0] not in ("\\{\\}", "[]")
+        return False if ordered and any(pair is False for pair in pairs) else None
+    same = same_value(tidy(gold), tidy(answer))
+    # 1.41421356237 is not the square root of 2: math-verify decides on roundings.
+    return None if same and "." in answer else same
+
+
+def hostile(answer: str) -> bool:
+    """Whether computing the answer could take very long or much memory."""
+    return any(
+        pattern.search(answer)
+        for pattern in (_UNFINISHED, _LONG_EXPONENT, _TOWER, _LONG_FACTORIAL, _LONG_BINOMIAL)
+    )
+
+
+def _math_verify(gold: str, answer: str) -> bool:
+    from math_verify import verify
+
+    parsed = _parse(tidy(answer))
+    # No timeouts of its own: they are SIGALRM, which the worker needs for its soft limit.
+    return bool(parsed) and verify(
+        _parse_gold(gold),
+        parsed,
+        # The default 6 takes 3.141593 for pi.
+        float_rounding=_DECIMALS,
+        allow_set_relation_comp=True,
+        timeout_seconds=None,
+    )
+
+
+@lru_cache(maxsize=8192)
+def _parse_gold(gold: str) -> list[Any]:
+    return _parse(tidy(gold))
+
+
+def _parse(latex: str) -> list[Any]:
+    """math-verify's reading of one expression; only LaTeX, which is never evaluated as code."""
+    from math_verify import LatexExtractionConfig, parse
+
+    config = [LatexExtractionConfig(boxed_match_priority=0)]
+    parsed: list[Any] = parse(
+        rf"\boxed{{{latex}}}", extraction_config=config, parsing_timeout=None
+    )
+    return parsed
+
+
+def warm_up() -> None:
+    """Import the libraries and build the parser's tables, before workers are forked."""
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    _math_verify(r"\frac{1}{3} + x", r"x + \frac{2}{6}")

@@ -1,0 +1,406 @@
+"""Grading in killable worker processes: one bad response costs one sample a zero.
+
+A library that hangs inside C code can be stopped only from outside, so every request runs
+in a process of its own kind with three limits: a soft one inside (an exception), a hard one
+outside (SIGKILL), and one of memory. Each of the `workers` threads here drives at most one
+confined process and one that launches the code sandbox; it sends a request, waits, and on
+a limit replaces the process. A request is sent to a grader once, so it is answered once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from prorl_nemo.errors import UserError
+from prorl_nemo.rewards.registry import kind_of
+from prorl_nemo.rewards.verdict import GradingError, Verdict, zero
+from prorl_nemo.rewards.worker import receive_frame, send_frame
+
+# A verdict is small; a worker that was taken over must not fill our memory.
+_MAX_ANSWER = 1 << 20
+_START_S = 120.0
+_BOOT = (
+    "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
+    "from prorl_nemo.rewards.worker import template_main; template_main(int(sys.argv[2]))"
+)
+
+
+class PoolError(UserError):
+    """Workers cannot be started or cannot grade at all; the response is not at fault."""
+
+
+class _TemplateEndedError(PoolError):
+    """The template process is gone; the next use starts it again."""
+
+
+class GraderPool:
+    """Worker processes that grade.
+
+    Args:
+        workers: requests graded at the same time.
+        soft_limit_s: seconds after which a grading is interrupted and scores 0.
+        hard_limit_s: seconds after which its process is killed and it scores 0.
+        memory_mib: memory one worker may take beyond its imports.
+        recycle_after: gradings after which a worker is replaced, against slow leaks.
+        preload: kinds to import at the start; others are imported when first seen.
+
+    Use as a context manager or call `close`. Any thread may submit.
+    """
+
+    def __init__(
+        self,
+        workers: int = 2,
+        *,
+        soft_limit_s: float = 2.0,
+        hard_limit_s: float = 4.0,
+        memory_mib: int = 2048,
+        recycle_after: int = 5000,
+        preload: Sequence[str] = (),
+    ) -> None:
+        if workers < 1:
+            raise UserError(f"workers: {workers} graders cannot grade; use 1 or more")
+        if not 0 < soft_limit_s < hard_limit_s:
+            raise UserError("hard_limit_s must exceed soft_limit_s, and both must exceed 0")
+        self.soft_limit_s = soft_limit_s
+        self.hard_limit_s = hard_limit_s
+        self._template = _Template(memory_mib << 20, recycle_after)
+        self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
+        self._pending: dict[str, Future[Verdict]] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+        self._killed = 0
+        self._threads = [
+            threading.Thread(target=self._drive, name=f"grader-{i}", daemon=True)
+            for i in range(workers)
+        ]
+        try:
+            for kind in preload:
+                kind_of({"kind": kind})
+                self._template.load(kind)
+        except BaseException:
+            self._template.close()
+            raise
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def killed(self) -> int:
+        """Processes that were killed or died while grading."""
+        return self._killed
+
+    def submit(
+        self, request_id: str, grading: dict[str, Any], text: str, *, training: bool = True
+    ) -> Future[Verdict]:
+        """Grade one response, soon.
+
+        Args:
+            request_id: unique among the requests that are not yet answered.
+            grading: the prompt's grading record.
+            text: the response.
+            training: see `registry.grade`.
+
+        Returns:
+            The verdict to come. It raises GradingError if the record is malformed and
+            PoolError if no worker can grade; never because of the response.
+
+        Raises:
+            ValueError: the pool is closed, or the id is still pending.
+        """
+        request = _Request(request_id, grading, text, training, Future())
+        with self._lock:
+            if self._closed:
+                raise ValueError("the grader pool is closed")
+            if request_id in self._pending:
+                raise ValueError(f"request {request_id} is already being graded")
+            self._pending[request_id] = request.future
+            self._requests.put(request)
+        return request.future
+
+    def grade_many(
+        self, items: Iterable[tuple[dict[str, Any], str]], *, training: bool = True
+    ) -> list[Verdict]:
+        """Grade (record, response) pairs; verdicts in the same order."""
+        prefix = f"many-{id(items)}-{time.monotonic_ns()}"
+        futures = [
+            self.submit(f"{prefix}-{i}", grading, text, training=training)
+            for i, (grading, text) in enumerate(items)
+        ]
+        return [future.result() for future in futures]
+
+    def close(self) -> None:
+        """Finish what is being graded, cancel what waits, end every process."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            waiting: list[_Request] = []
+            while True:
+                try:
+                    request = self._requests.get_nowait()
+                except queue.Empty:
+                    break
+                if request is not None:
+                    waiting.append(request)
+            for _ in self._threads:
+                self._requests.put(None)
+        for request in waiting:
+            self._forget(request)
+            request.future.cancel()
+        for thread in self._threads:
+            thread.join()
+        self._template.close()
+
+    def __enter__(self) -> GraderPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _drive(self) -> None:
+        """Body of a thread: grade requests one after the other."""
+        processes: dict[bool, _Worker] = {}
+        while (request := self._requests.get()) is not None:
+            if not request.future.set_running_or_notify_cancel():
+                self._forget(request)
+                continue
+            try:
+                verdict = self._grade(request, processes)
+            except BaseException as error:
+                self._forget(request)
+                request.future.set_exception(error)
+            else:
+                self._forget(request)
+                request.future.set_result(verdict)
+        for worker in processes.values():
+            worker.stop()
+
+    def _forget(self, request: _Request) -> None:
+        with self._lock:
+            self._pending.pop(request.request_id, None)
+
+    def _grade(self, request: _Request, processes: dict[bool, _Worker]) -> Verdict:
+        kind = kind_of(request.grading)
+        self._template.load(str(request.grading["kind"]))
+        extra = getattr(kind.load(), "extra_seconds", None) if not kind.confined else None
+        more = float(extra(request.grading)) if extra else 0.0
+        worker = processes.pop(kind.confined, None)
+        if worker is not None and not worker.fit(self._template.generation):
+            worker.stop()
+            worker = None
+        if worker is None:
+            worker = self._template.fork(kind.confined)
+        message = {
+            "id": request.request_id,
+            "grading": request.grading,
+            "text": request.text,
+            "training": request.training,
+            "seconds": self.soft_limit_s + more,
+        }
+        deadline = time.monotonic() + self.hard_limit_s + more
+        try:
+            send_frame(worker.socket, message, deadline)
+            answer = receive_frame(worker.socket, deadline, _MAX_ANSWER)
+            verdict = _read(answer, request.request_id)
+        except TimeoutError:
+            self._killed += 1
+            worker.stop()
+            return zero(f"timed out: killed after {self.hard_limit_s + more:g} s")
+        except (EOFError, OSError):
+            self._killed += 1
+            return zero(f"worker died: {worker.stop()}")
+        except (ValueError, TypeError, KeyError):
+            self._killed += 1
+            worker.stop()
+            return zero("worker died: it sent no verdict")
+        except BaseException:
+            worker.stop()
+            raise
+        if answer.get("last"):
+            worker.stop()
+        else:
+            processes[kind.confined] = worker
+        return verdict
+
+
+class _Request:
+    def __init__(
+        self,
+        request_id: str,
+        grading: dict[str, Any],
+        text: str,
+        training: bool,
+        future: Future[Verdict],
+    ) -> None:
+        self.request_id = request_id
+        self.grading = grading
+        self.text = text
+        self.training = training
+        self.future = future
+
+
+def _read(answer: dict[str, Any], request_id: str) -> Verdict:
+    if "bad_record" in answer:
+        raise GradingError(str(answer["bad_record"]))
+    if "unfit" in answer:
+        raise PoolError(f"a grading worker cannot work: {answer['unfit']}")
+    if answer["id"] != request_id:
+        raise ValueError("the answer is to another request")
+    parts = answer.get("parts", {})
+    if not isinstance(parts, dict):
+        raise TypeError("parts")
+    return Verdict(float(answer["score"]), parts, str(answer["reason"]))
+
+
+class _Worker:
+    """One forked grader: its socket and its end."""
+
+    def __init__(self, template: _Template, sock: socket.socket, pid: int, generation: int) -> None:
+        self.socket = sock
+        self._generation = generation
+        self._template = template
+        self._pid = pid
+
+    def fit(self, generation: int) -> bool:
+        """Whether it was forked with all that is loaded now, and still waits for work."""
+        if self._generation != generation:
+            return False
+        self.socket.settimeout(0)
+        try:
+            self.socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False  # it has ended, or says something that nobody asked
+
+    def stop(self) -> str:
+        """Kill and reap the process; says how it had ended."""
+        self.socket.close()
+        return self._template.kill(self._pid)
+
+
+class _Template:
+    """The process that imports the graders and forks workers (see `worker`).
+
+    Started again, with its imports, when something outside ended it.
+    """
+
+    def __init__(self, memory_bytes: int, recycle_after: int) -> None:
+        self.generation = 0
+        self._limits = {"memory_bytes": memory_bytes, "recycle_after": recycle_after}
+        self._loaded: list[str] = []
+        self._lock = threading.Lock()
+        self._start()
+
+    def load(self, kind: str) -> None:
+        """Import a grader in the template, once; workers forked later have it."""
+        with self._lock:
+            if kind not in self._loaded:
+                self._ensure_running()
+                self._load(kind)
+                self._loaded.append(kind)
+
+    def fork(self, confined: bool) -> _Worker:
+        """A fresh worker, confined and ready."""
+        try:
+            worker = self._fork(confined)
+        except _TemplateEndedError:
+            worker = self._fork(confined)
+        try:
+            greeting = receive_frame(worker.socket, time.monotonic() + _START_S)
+        except (OSError, EOFError):
+            raise PoolError(f"a grading worker died at its start: {worker.stop()}") from None
+        if "unfit" in greeting:
+            worker.stop()
+            raise PoolError(f"a grading worker cannot be confined: {greeting['unfit']}")
+        return worker
+
+    def _fork(self, confined: bool) -> _Worker:
+        ours, theirs = socket.socketpair()
+        with self._lock, theirs:
+            self._ensure_running()
+            self._send({"do": "fork", "confined": confined, **self._limits})
+            try:
+                socket.send_fds(self._control, [b"\0"], [theirs.fileno()])
+            except OSError as error:
+                raise self._ended(error) from None
+            return _Worker(self, ours, self._answer()["pid"], self.generation)
+
+    def kill(self, pid: int) -> str:
+        """End a worker and say how it ended."""
+        try:
+            with self._lock:
+                self._send({"do": "kill", "pid": pid})
+                status = self._answer().get("status")
+        except PoolError:
+            status = None
+        if status is None:
+            return "its template process ended"
+        return f"signal {-status}" if status < 0 else f"exit status {status}"
+
+    def close(self) -> None:
+        self._control.close()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        # The trainer's environment holds credentials and settings that are nobody's business.
+        environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+        environment |= {"OPENBLAS_NUM_THREADS": "1", "MPLBACKEND": "agg", "LC_ALL": "C.UTF-8"}
+        path = [entry or os.getcwd() for entry in sys.path]
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _BOOT, json.dumps(path), str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                env=environment,
+            )
+        self._control = ours
+        self.generation += 1
+
+    def _ensure_running(self) -> None:
+        if self._process.poll() is not None:
+            self._control.close()
+            self._start()
+            for kind in self._loaded:
+                self._load(kind)
+
+    def _load(self, kind: str) -> None:
+        self._send({"do": "load", "kind": kind})
+        answer = self._answer()
+        if "error" in answer:
+            raise PoolError(f"the grader for {kind} cannot be loaded: {answer['error']}")
+        self.generation += 1
+
+    def _send(self, order: dict[str, Any]) -> None:
+        try:
+            send_frame(self._control, order, time.monotonic() + _START_S)
+        except OSError as error:
+            raise self._ended(error) from None
+
+    def _answer(self) -> dict[str, Any]:
+        try:
+            return receive_frame(self._control, time.monotonic() + _START_S)
+        except (OSError, EOFError, ValueError) as error:
+            raise self._ended(error) from None
+
+    def _ended(self, error: Exception) -> _TemplateEndedError:
+        """What to raise when the process no longer answers; it is dead afterwards."""
+        self._process.kill()
+        self._process.wait()
+        return _TemplateEndedError(f"the grading template process has ended ({error!r})")

@@ -1,0 +1,1 @@
+"""Running other people's programs: what they may do, and who watches them."""

@@ -1,0 +1,544 @@
+"""One vLLM engine with continuous batching, in this process, on a thread of its own.
+
+Every call into vLLM happens on that thread, because neither `LLMEngine` nor OpenMP's thread pool
+is to be shared: requests and commands reach it through a queue, and between two commands it
+steps the engine for as long as there is work. Use it directly in a process apart from the
+trainer's, or through `fleet.Fleet`, which puts several of them into Ray actors.
+
+What vLLM needs on CPU, and why, is in `_engine_arguments`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from prorl_nemo.errors import UserError
+from prorl_nemo.recipe import Recipe
+from prorl_nemo.rollout.protocol import GenerationRequest, GenerationResult
+from prorl_nemo.rollout.weights import WeightBucket, weight_checksums
+
+T = TypeVar("T")
+
+BUCKET_TIMEOUT_SECONDS = 300.0
+"""Silence of the sender after which a weight update has failed."""
+
+
+class EngineError(RuntimeError):
+    """The engine cannot go on: replace it."""
+
+
+class EngineBusyError(RuntimeError):
+    """Weights cannot change under running requests: abort them or wait."""
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How to run one engine.
+
+    Attributes:
+        model: folder of a Hugging Face model.
+        dtype: `bfloat16` or `float32`.
+        max_model_len: prompt and response together, tokens.
+        max_sequences: requests computed at once; more wait their turn.
+        kv_cache_bytes: size of the KV cache; None on a GPU: what `gpu_memory_share` leaves.
+        gpu_memory_share: share of the GPU's memory for weights and cache.
+        threads: CPU threads; None: all cores.
+        sleep: allow `VllmEngine.sleep`, so that a colocated trainer can have the GPU's memory.
+    """
+
+    model: str
+    dtype: str
+    max_model_len: int
+    max_sequences: int = 256
+    kv_cache_bytes: int | None = None
+    gpu_memory_share: float = 0.5
+    threads: int | None = None
+    sleep: bool = False
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, model: Path) -> EngineSettings:
+        """Settings that serve every stage of a recipe."""
+        rollout = recipe.rollout
+        limits = [s.max_response_tokens or rollout.max_response_tokens for s in recipe.stages]
+        cores = os.cpu_count() or 1
+        cache = rollout.kv_cache_mib or (None if torch.cuda.is_available() else 512)
+        return cls(
+            model=str(model),
+            dtype={"bf16": "bfloat16", "fp32": "float32"}[
+                rollout.precision or recipe.policy.precision
+            ],
+            max_model_len=recipe.data.max_prompt_tokens + max(limits),
+            kv_cache_bytes=cache and cache << 20,
+            gpu_memory_share=rollout.gpu_memory_share,
+            threads=rollout.engine_threads or max(1, cores // rollout.engines),
+        )
+
+    def environment(self) -> dict[str, str]:
+        """Environment variables that must be set before torch and vLLM are imported."""
+        variables = {
+            # The engine in this process: weights are handed over as tensors, not files.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            # Each weight update warns of layers without weights (rotary tables); errors remain.
+            "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            # Idle OpenMP threads sleep: trainer and graders use the same cores in turn.
+            "OMP_WAIT_POLICY": "PASSIVE",
+        }
+        if self.threads:
+            variables["OMP_NUM_THREADS"] = str(self.threads)
+        return variables
+
+
+@dataclass(frozen=True)
+class EngineState:
+    """What a fleet asks to know whether an engine lives and moves."""
+
+    pid: int
+    weight_version: int
+    steps: int
+    unfinished: int
+
+
+class VllmEngine:
+    """Generate, score, and take new weights in place.
+
+    Raises:
+        UserError: vLLM cannot run this model with these settings.
+    """
+
+    def __init__(self, settings: EngineSettings) -> None:
+        os.environ.update(settings.environment())
+        self.settings = settings
+        self._inbox: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = (
+            queue.SimpleQueue()
+        )
+        self._finished: list[GenerationResult] = []
+        self._news = threading.Condition()
+        self._failure: BaseException | None = None
+        self._internal_ids: dict[str, str] = {}
+        self._weight_version = 0
+        self._steps = 0
+        self._buckets: queue.Queue[WeightBucket | None] | None = None
+        self._update: Future[None] | None = None
+        self._shapes = checkpoint_shapes(Path(settings.model))
+        ready: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, args=(ready,), daemon=True)
+        self._thread.start()
+        ready.result()
+
+    # Generation
+
+    def submit(self, requests: Sequence[GenerationRequest]) -> None:
+        """Queue requests. One that cannot be served comes back as `rejected`."""
+        self._post(lambda: self._add_all(requests))
+
+    def poll(self, max_wait: float) -> list[GenerationResult]:
+        """Responses finished since the last call; waits up to `max_wait` seconds for one.
+
+        Raises:
+            EngineError: the engine failed.
+        """
+        with self._news:
+            self._news.wait_for(lambda: self._finished or self._failure, max_wait)
+            if self._failure is not None:
+                raise EngineError(f"the engine failed: {self._failure!r}") from self._failure
+            finished, self._finished = self._finished, []
+        return finished
+
+    def abort(self, request_ids: Sequence[str]) -> int:
+        """Drop requests; unknown and finished ones are ignored.
+
+        Returns:
+            the response tokens generated for them and now thrown away.
+        """
+        return self._call(lambda: self._abort(request_ids))
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probabilities of given tokens at temperature 1, as the engine computes them.
+
+        Args:
+            sequences: token ids, each sequence at least two tokens.
+
+        Returns:
+            for each sequence of length L the L - 1 log-probabilities of its tokens but the first.
+        """
+        return self._call(lambda: self._score(sequences))
+
+    @property
+    def state(self) -> EngineState:
+        return EngineState(os.getpid(), self._weight_version, self._steps, len(self._internal_ids))
+
+    # Weights
+
+    def update_weights(self, version: int, named_tensors: Iterable[tuple[str, Any]]) -> None:
+        """Replace all weights in place.
+
+        Args:
+            version: what samples made from now on are marked with.
+            named_tensors: every tensor of the checkpoint under its Hugging Face name; a tied
+                output head may be left out.
+
+        Raises:
+            EngineBusyError: requests are running; nothing was changed.
+            EngineError: a tensor is missing, unknown or of a wrong shape, or vLLM failed. The
+                weights are mixed then, and the engine refuses all work.
+        """
+        self._call(lambda: self._reload(version, named_tensors))
+
+    def begin_update(self, version: int) -> None:
+        """Open a weight update that arrives in buckets (`load_bucket`, `finish_update`)."""
+        if self._update is not None:
+            raise EngineError("a weight update is already open")
+        self._buckets = queue.Queue(maxsize=1)
+        arriving = self._arriving(self._buckets)
+        self._update = self._post(lambda: self._reload(version, arriving))
+
+    def load_bucket(self, bucket: WeightBucket) -> None:
+        """Hand over the next bucket; returns once the engine has room for another."""
+        self._offer(bucket)
+
+    def finish_update(self) -> None:
+        """Close the update. Raises as `update_weights` does."""
+        self._offer(None)
+        update, self._update, self._buckets = self._update, None, None
+        assert update is not None
+        update.result()
+
+    def weights_checksum(self) -> dict[str, str]:
+        """Checksum of every tensor the engine computes with, by Hugging Face name.
+
+        Compare with `weights.weight_checksums` of what was sent.
+        """
+        return self._call(self._checksums)
+
+    # Sleep: GPU only; vLLM ignores it on CPU
+
+    def sleep(self) -> None:
+        """Give the GPU's memory back. Weights are dropped: update them after `wake`."""
+        if self.settings.sleep:
+            self._call(lambda: self._llm.sleep(level=2))
+
+    def wake(self, *parts: str) -> None:
+        """Take memory again: `weights` before an update, `kv_cache` after it; none means both."""
+        if self.settings.sleep:
+            self._call(lambda: self._llm.wake_up(list(parts) or None))
+
+    def shutdown(self) -> None:
+        """Stop the thread and free the engine."""
+        self._inbox.put(None)
+        self._thread.join(timeout=60)
+
+    # On the engine's thread
+
+    def _run(self, ready: Future[None]) -> None:
+        try:
+            self._llm = self._start()
+        except BaseException as error:
+            ready.set_exception(error)
+            return
+        ready.set_result(None)
+        while True:
+            waiting = self._failure is not None or not self._llm.has_unfinished_requests()
+            try:
+                item = self._inbox.get(block=waiting)
+            except queue.Empty:
+                try:
+                    self._step()
+                except BaseException as error:
+                    self._fail(error)
+                continue
+            if item is None:
+                self._llm.engine_core.shutdown()
+                return
+            work, future = item
+            try:
+                if self._failure is not None:
+                    raise EngineError(f"the engine failed: {self._failure!r}")
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
+
+    def _start(self) -> Any:
+        if self.settings.threads:
+            torch.set_num_threads(self.settings.threads)
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        try:
+            return LLMEngine.from_engine_args(EngineArgs(**_engine_arguments(self.settings)))
+        except (ValueError, NotImplementedError) as error:
+            raise UserError(f"vLLM cannot run {self.settings.model}: {error}") from error
+
+    def _step(self) -> None:
+        outputs = self._llm.step()
+        self._steps += 1
+        if not outputs:
+            return
+        results = []
+        for output in outputs:
+            if self._internal_ids.pop(output.request_id, None) is None:
+                continue
+            completion = output.outputs[0]
+            results.append(
+                GenerationResult(
+                    request_id=output.request_id,
+                    token_ids=list(completion.token_ids),
+                    logprobs=_sampled_logprobs(completion.logprobs),
+                    finish_reason=str(completion.finish_reason),
+                    text=completion.text,
+                    weight_version=self._weight_version,
+                )
+            )
+        self._announce(results)
+
+    def _add_all(self, requests: Sequence[GenerationRequest]) -> None:
+        try:
+            for request in requests:
+                self._add(request)
+        except BaseException as error:
+            self._fail(error)
+
+    def _add(self, request: GenerationRequest) -> None:
+        from vllm import SamplingParams
+        from vllm.exceptions import VLLMClientError
+        from vllm.inputs.engine import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+
+        try:
+            length = len(request.prompt_token_ids) + request.max_tokens
+            if length > self.settings.max_model_len:
+                raise ValueError(
+                    f"prompt of {len(request.prompt_token_ids)} tokens and response of "
+                    f"{request.max_tokens} exceed the engine's {self.settings.max_model_len}"
+                )
+            parameters = SamplingParams(
+                seed=request.seed,
+                temperature=request.temperature,
+                top_p=request.top_p,
+                max_tokens=request.max_tokens,
+                logprobs=0,
+                flat_logprobs=True,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            prompt = tokens_input(list(request.prompt_token_ids))
+            internal = self._llm.add_request(request.request_id, prompt, parameters)
+        except (ValueError, VLLMClientError) as error:
+            self._announce(
+                [GenerationResult(request.request_id, [], [], "rejected", str(error), 0)]
+            )
+            return
+        self._internal_ids[request.request_id] = internal
+
+    def _abort(self, request_ids: Sequence[str]) -> int:
+        wasted = 0
+        running = []
+        for request_id in request_ids:
+            internal = self._internal_ids.pop(request_id, None)
+            if internal is None:
+                continue
+            running.append(request_id)
+            state = self._llm.output_processor.request_states.get(internal)
+            if state is not None and state.detokenizer is not None:
+                wasted += state.detokenizer.num_output_tokens()
+        self._llm.abort_request(running)
+        dropped = set(request_ids)
+        with self._news:
+            # Finished in the meantime but not fetched: thrown away like the rest.
+            wasted += sum(len(r.token_ids) for r in self._finished if r.request_id in dropped)
+            self._finished = [r for r in self._finished if r.request_id not in dropped]
+        return wasted
+
+    def _score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        from vllm import SamplingParams
+        from vllm.inputs.engine import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+
+        self._require_idle("score")
+        parameters = SamplingParams(
+            temperature=0.0,
+            max_tokens=1,
+            prompt_logprobs=0,
+            flat_logprobs=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        for index, sequence in enumerate(sequences):
+            self._llm.add_request(str(index), tokens_input(list(sequence)), parameters)
+        scores: list[list[float]] = [[] for _ in sequences]
+        while self._llm.has_unfinished_requests():
+            for output in self._llm.step():
+                # The first token has no prediction: its position holds no entry.
+                scores[int(output.request_id)] = _sampled_logprobs(output.prompt_logprobs)
+        return scores
+
+    def _reload(self, version: int, named_tensors: Iterable[tuple[str, Any]]) -> None:
+        self._require_idle("update weights")
+        try:
+            checked = self._checked(named_tensors)
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": checked})
+            if not self._llm.reset_prefix_cache():
+                raise EngineError("the prefix cache still holds blocks of the old weights")
+        except BaseException as error:
+            self._fail(error)
+            raise EngineError(f"weight update {version} failed half-way: {error}") from error
+        self._weight_version = version
+
+    def _checked(self, named_tensors: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+        """Pass a complete set of tensors through, and the output head where it is tied.
+
+        vLLM only logs a missing tensor, and silently keeps the old packed head of a tied model
+        unless `lm_head.weight` is sent as well.
+        """
+        missing = dict(self._shapes)
+        head = None
+        for name, tensor in named_tensors:
+            if name == "lm_head.weight" and name not in self._shapes:
+                continue
+            expected = missing.pop(name, None)
+            if expected is None:
+                raise EngineError(f"{name}: sent twice, or not a tensor of the model")
+            if tuple(tensor.shape) != expected:
+                raise EngineError(f"{name}: shape {tuple(tensor.shape)}, expected {expected}")
+            if name == "model.embed_tokens.weight":
+                head = tensor
+            yield name, tensor
+        if missing:
+            raise EngineError(f"{len(missing)} tensors never arrived: {', '.join(missing)[:200]}")
+        if "lm_head.weight" not in self._shapes:
+            yield "lm_head.weight", head
+
+    def _checksums(self) -> dict[str, str]:
+        from prorl_nemo.rollout.readback import named_weights
+
+        dtype = getattr(torch, self.settings.dtype)
+
+        def compute(model: torch.nn.Module) -> dict[str, str]:
+            return weight_checksums(named_weights(model), dtype)
+
+        with torch.inference_mode():
+            return self._llm.apply_model(compute)[0]
+
+    def _arriving(
+        self, buckets: queue.Queue[WeightBucket | None]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        while True:
+            try:
+                bucket = buckets.get(timeout=BUCKET_TIMEOUT_SECONDS)
+            except queue.Empty:
+                raise EngineError(
+                    f"no weights for {BUCKET_TIMEOUT_SECONDS:.0f} seconds"
+                ) from None
+            if bucket is None:
+                return
+            yield from bucket.tensors()
+
+    def _require_idle(self, what: str) -> None:
+        if self._llm.has_unfinished_requests():
+            raise EngineBusyError(f"cannot {what}: {len(self._internal_ids)} requests are running")
+
+    # Between the threads
+
+    def _post(self, work: Callable[[], T]) -> Future[T]:
+        """Run `work` on the engine's thread, after everything posted before."""
+        future: Future[T] = Future()
+        self._inbox.put((work, future))
+        return future
+
+    def _call(self, work: Callable[[], T]) -> T:
+        return self._post(work).result()
+
+    def _offer(self, bucket: WeightBucket | None) -> None:
+        if self._update is None or self._buckets is None:
+            raise EngineError("no weight update is open: call begin_update first")
+        deadline = time.monotonic() + BUCKET_TIMEOUT_SECONDS
+        while not self._update.done():
+            try:
+                return self._buckets.put(bucket, timeout=0.2)
+            except queue.Full:
+                if time.monotonic() > deadline:
+                    raise EngineError("the engine takes no more weights") from None
+        # Done before its last bucket: it failed, and this raises why.
+        self._update.result()
+
+    def _announce(self, results: list[GenerationResult]) -> None:
+        with self._news:
+            self._finished.extend(results)
+            self._news.notify_all()
+
+    def _fail(self, error: BaseException) -> None:
+        with self._news:
+            self._failure = error
+            self._news.notify_all()
+
+
+def _engine_arguments(settings: EngineSettings) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "model": settings.model,
+        "dtype": settings.dtype,
+        "max_model_len": settings.max_model_len,
+        "max_num_seqs": settings.max_sequences,
+        "kv_cache_memory_bytes": settings.kv_cache_bytes,
+        # Log-probabilities of the sampling distribution, not those at temperature 1: the
+        # importance weight of the policy loss is wrong with any other.
+        "logprobs_mode": "processed_logprobs",
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+        "seed": 0,
+    }
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return arguments | {
+            "gpu_memory_utilization": settings.gpu_memory_share,
+            "enable_sleep_mode": settings.sleep,
+        }
+    return arguments | {
+        "enforce_eager": True,
+        # A prefill cut in chunks rewinds the request's random stream, which a CPU generator
+        # cannot do; without chunks the longest sequence must fit one batch.
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(settings.max_model_len, 4096),
+        # Blocks are shared whole; the default of 128 tokens would share no short prompt.
+        "block_size": 32,
+    }
+
+
+def _sampled_logprobs(logprobs: Any) -> list[float]:
+    """The log-probability of the chosen token at every position that has one."""
+    return [
+        logprobs.logprobs[start]
+        for start, end in zip(logprobs.start_indices, logprobs.end_indices, strict=True)
+        if end > start
+    ]
+
+
+def checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of a Hugging Face folder, from its safetensors headers.
+
+    A tied output head stored beside the embedding is left out.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header.pop("__metadata__", None)
+        shapes |= {name: tuple(entry["shape"]) for name, entry in header.items()}
+    if not shapes:
+        raise UserError(f"{folder}: no safetensors file with weights")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config.get("tie_word_embeddings", False):
+        shapes.pop("lm_head.weight", None)
+    return shapes

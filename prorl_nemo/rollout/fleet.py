@@ -1,0 +1,353 @@
+"""Several engines as Ray actors that may die: to the sampler they look like one.
+
+A request belongs to one engine until its response has reached this process; only then is it
+forgotten. When an engine dies or hangs, a new one takes its place, is sent the current weights
+and then the engine's unanswered requests with the seeds they had. So no sample is lost, none
+comes twice, and each is the one the dead engine would have made.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from prorl_nemo.rollout.engine import (
+    EngineBusyError,
+    EngineError,
+    EngineSettings,
+    EngineState,
+    VllmEngine,
+)
+from prorl_nemo.rollout.protocol import GenerationRequest, GenerationResult
+from prorl_nemo.rollout.weights import WeightBucket
+
+POLL_SECONDS = 0.5
+"""How long an engine holds a poll open: the pace of its heartbeat."""
+
+BUCKETS_IN_FLIGHT = 2
+"""One being loaded, one on its way: bounds the memory of a weight update."""
+
+
+class FleetError(RuntimeError):
+    """Engines die faster than `max_restarts` allows: save the run and stop."""
+
+
+@ray.remote(concurrency_groups={"poll": 1})
+class _EngineActor:
+    """A `VllmEngine` in a process of its own.
+
+    All calls but `poll` share one thread, so they are carried out in the order they were made:
+    start, weights, requests.
+    """
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self._settings = settings
+        self._engine: Future[VllmEngine] = Future()
+
+    def start(self) -> None:
+        try:
+            self._engine.set_result(VllmEngine(self._settings))
+        except BaseException as error:
+            self._engine.set_exception(error)
+            raise
+
+    def state(self) -> EngineState:
+        return self._engine.result().state
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        return getattr(self._engine.result(), method)(*arguments)
+
+    @ray.method(concurrency_group="poll")
+    def poll(self, max_wait: float) -> tuple[list[GenerationResult], EngineState | None]:
+        try:
+            engine = self._engine.result(timeout=max_wait)
+        except TimeoutError:
+            return [], None
+        return engine.poll(max_wait), engine.state
+
+
+@dataclass
+class _Member:
+    """One place in the fleet, whichever actor fills it."""
+
+    index: int
+    actor: Any
+    started: Any
+    requests: dict[str, GenerationRequest] = field(default_factory=dict)
+    poll: Any = None
+    state: EngineState | None = None
+    last_progress: float = field(default_factory=time.monotonic)
+
+    @property
+    def load(self) -> int:
+        """Tokens this engine may still have to produce or read."""
+        return sum(len(r.prompt_token_ids) + r.max_tokens for r in self.requests.values())
+
+
+class Fleet:
+    """The engines of a run; implements `protocol.GenerationEngine`.
+
+    Args:
+        settings: of every engine.
+        count: engines.
+        actor_options: Ray options per engine (`num_cpus`, `num_gpus`, placement); default: none
+            reserved, since on one machine trainer and engines take turns.
+        on_event: called with an event's name and details (`engine_restarted`).
+        hang_seconds: an engine with work that makes no step for so long is replaced.
+        start_seconds: an engine that has not started after so long is replaced.
+        max_restarts: more restarts than this within `restart_window` seconds end the run.
+
+    Raises:
+        UserError: vLLM cannot run this model with these settings.
+        FleetError: here and in every method: engines keep dying.
+    """
+
+    def __init__(
+        self,
+        settings: EngineSettings,
+        count: int,
+        *,
+        actor_options: Sequence[dict[str, Any]] | None = None,
+        on_event: Callable[[str, dict[str, Any]], None] = lambda event, details: None,
+        hang_seconds: float = 900.0,
+        start_seconds: float = 900.0,
+        max_restarts: int = 5,
+        restart_window: float = 3600.0,
+    ) -> None:
+        self.settings = settings
+        self._options = list(actor_options or [{"num_cpus": 0}] * count)
+        self._on_event = on_event
+        self._hang_seconds = hang_seconds
+        self._start_seconds = start_seconds
+        self._max_restarts = max_restarts
+        self._restart_window = restart_window
+        self._restarts: deque[float] = deque()
+        self._weights: tuple[int, list[Any]] | None = None
+        self._members = []
+        for index in range(count):
+            actor, started = self._spawn(index)
+            self._members.append(_Member(index, actor, started))
+        for member in self._members:
+            self._ask([member], lambda m: m.started)
+
+    # Generation
+
+    def submit(self, requests: Sequence[GenerationRequest]) -> None:
+        """Queue requests on the engines with the least to do; those of one prompt together."""
+        for _, group in itertools.groupby(requests, key=lambda r: tuple(r.prompt_token_ids)):
+            batch = list(group)
+            member = min(self._members, key=lambda m: (m.load, m.index))
+            if not member.requests:
+                member.last_progress = time.monotonic()
+            member.requests |= {request.request_id: request for request in batch}
+            member.actor.call.remote("submit", batch)
+
+    def poll(self, max_wait: float) -> list[GenerationResult]:
+        """Responses finished since the last call; waits up to `max_wait` seconds for one."""
+        deadline = time.monotonic() + max_wait
+        while True:
+            for member in self._members:
+                if member.requests and member.poll is None:
+                    member.poll = member.actor.poll.remote(POLL_SECONDS)
+            waiting = [member.poll for member in self._members if member.poll is not None]
+            remaining = max(0.0, deadline - time.monotonic())
+            if not waiting:
+                time.sleep(remaining)
+                return []
+            ready, _ = ray.wait(waiting, timeout=min(remaining, POLL_SECONDS))
+            if ready:
+                ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
+            results: list[GenerationResult] = []
+            for member in self._members:
+                if member.poll in ready:
+                    results += self._receive(member)
+                self._check_progress(member)
+            if results or time.monotonic() >= deadline:
+                return results
+
+    def abort(self, request_ids: Sequence[str]) -> int:
+        """Drop requests; returns the response tokens that were generated for them."""
+        dropped = {
+            member.index: [i for i in request_ids if i in member.requests]
+            for member in self._members
+        }
+        concerned = [member for member in self._members if dropped[member.index]]
+        for member in concerned:
+            for request_id in dropped[member.index]:
+                del member.requests[request_id]
+        counts = self._ask(concerned, lambda m: m.actor.call.remote("abort", dropped[m.index]))
+        return sum(count or 0 for count in counts)
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """`VllmEngine.score`, the sequences dealt out to the engines."""
+        self._require_idle("score")
+        count = len(self._members)
+        shares = self._ask_all(
+            lambda m: m.actor.call.remote("score", sequences[m.index :: count])
+        )
+        return [shares[i % count][i // count] for i in range(len(sequences))]
+
+    def states(self) -> list[EngineState]:
+        """Process, weight version and activity of every engine."""
+        return self._ask_all(lambda m: m.actor.state.remote())
+
+    # Weights
+
+    @property
+    def weight_version(self) -> int:
+        return self._weights[0] if self._weights else 0
+
+    def update_weights(self, version: int, buckets: Iterable[Any]) -> None:
+        """Replace the weights of every engine in place.
+
+        Args:
+            version: what samples made from now on are marked with.
+            buckets: `WeightBucket`s, or Ray references to them (a trainer rank's streaming
+                generator, so that weights do not pass through this process). The references are
+                kept until the next update: a restarted engine is sent them again.
+
+        Raises:
+            EngineBusyError: requests are unanswered; nothing was changed.
+            EngineError: an engine refuses the tensors.
+        """
+        self._require_idle("update weights")
+        for member in self._members:
+            member.actor.call.remote("begin_update", version)
+        references: list[Any] = []
+        loading: deque[list[Any]] = deque()
+        for bucket in buckets:
+            references.append(ray.put(bucket) if isinstance(bucket, WeightBucket) else bucket)
+            loading.append(
+                [m.actor.call.remote("load_bucket", references[-1]) for m in self._members]
+            )
+            if len(loading) > BUCKETS_IN_FLIGHT:
+                done = loading.popleft()
+                ray.wait(done, num_returns=len(done), timeout=self._hang_seconds)
+        self._weights = (version, references)
+        self._ask(self._members, lambda m: m.actor.call.remote("finish_update"))
+
+    def weights_checksum(self) -> list[dict[str, str]]:
+        """`VllmEngine.weights_checksum` of every engine."""
+        return self._ask_all(lambda m: m.actor.call.remote("weights_checksum"))
+
+    def verify_weights(self, expected: dict[str, str]) -> None:
+        """Compare every engine's weights with `weights.weight_checksums` of what was sent.
+
+        Raises:
+            EngineError: naming engine and tensors.
+        """
+        for index, found in enumerate(self.weights_checksum()):
+            wrong = [name for name, checksum in expected.items() if found.get(name) != checksum]
+            if wrong:
+                raise EngineError(
+                    f"engine {index} computes with other weights than the trainer: "
+                    f"{len(wrong)} of {len(expected)} tensors differ ({', '.join(wrong[:5])})"
+                )
+
+    # Sleep (GPU)
+
+    def sleep(self) -> None:
+        """Free the engines' GPU memory; weights must be updated after `wake`."""
+        self._ask(self._members, lambda m: m.actor.call.remote("sleep"))
+
+    def wake(self, *parts: str) -> None:
+        """`VllmEngine.wake` on every engine."""
+        self._ask(self._members, lambda m: m.actor.call.remote("wake", *parts))
+
+    def shutdown(self) -> None:
+        """End the engines' processes."""
+        for member in self._members:
+            ray.kill(member.actor)
+        self._members = []
+
+    # Faults
+
+    def _spawn(self, index: int) -> tuple[Any, Any]:
+        options = {"runtime_env": {"env_vars": self.settings.environment()}, "max_restarts": 0}
+        actor = _EngineActor.options(**(options | self._options[index])).remote(self.settings)
+        return actor, actor.start.remote()
+
+    def _ask_all(self, call: Callable[[_Member], Any]) -> list[Any]:
+        """One answer per engine; an engine that dies over it is asked again once replaced."""
+        answers = self._ask(self._members, call)
+        for member in self._members:
+            while answers[member.index] is None:
+                (answers[member.index],) = self._ask([member], call)
+        return answers
+
+    def _ask(self, members: Sequence[_Member], call: Callable[[_Member], Any]) -> list[Any]:
+        """One answer per member; None from an engine that died and was replaced meanwhile."""
+        references = [call(member) for member in members]
+        answers = []
+        for member, reference in zip(members, references, strict=True):
+            try:
+                answers.append(ray.get(reference, timeout=self._start_seconds))
+            except RayActorError:
+                self._replace(member, "died")
+                answers.append(None)
+            except RayTaskError as error:
+                raise error.cause from None
+            except ray.exceptions.GetTimeoutError:
+                self._replace(member, f"gave no answer for {self._start_seconds:.0f} seconds")
+                answers.append(None)
+        return answers
+
+    def _receive(self, member: _Member) -> list[GenerationResult]:
+        reference, member.poll = member.poll, None
+        try:
+            results, state = ray.get(reference)
+        except RayActorError:
+            self._replace(member, "died")
+            return []
+        except RayTaskError as error:
+            self._replace(member, f"failed: {error.cause!r}")
+            return []
+        if state != member.state or results:
+            member.state, member.last_progress = state, time.monotonic()
+        # A response is passed on once, and only while somebody wants it.
+        return [r for r in results if member.requests.pop(r.request_id, None) is not None]
+
+    def _check_progress(self, member: _Member) -> None:
+        limit = self._hang_seconds if member.state is not None else self._start_seconds
+        silent = time.monotonic() - member.last_progress
+        if member.requests and silent > limit:
+            self._replace(member, f"made no step for {silent:.0f} seconds")
+
+    def _replace(self, member: _Member, reason: str) -> None:
+        now = time.monotonic()
+        self._restarts.append(now)
+        while self._restarts[0] < now - self._restart_window:
+            self._restarts.popleft()
+        if len(self._restarts) > self._max_restarts:
+            raise FleetError(
+                f"engine {member.index} {reason}; {len(self._restarts)} engine failures within "
+                f"{self._restart_window:.0f} seconds"
+            )
+        ray.kill(member.actor)
+        member.actor, member.started = self._spawn(member.index)
+        member.poll, member.state, member.last_progress = None, None, now
+        if self._weights is not None:
+            version, references = self._weights
+            member.actor.call.remote("begin_update", version)
+            for reference in references:
+                member.actor.call.remote("load_bucket", reference)
+            member.actor.call.remote("finish_update")
+        if member.requests:
+            member.actor.call.remote("submit", list(member.requests.values()))
+        self._on_event(
+            "engine_restarted",
+            {"engine": member.index, "reason": reason, "resubmitted": len(member.requests)},
+        )
+
+    def _require_idle(self, what: str) -> None:
+        waiting = sum(len(member.requests) for member in self._members)
+        if waiting:
+            raise EngineBusyError(f"cannot {what}: {waiting} requests are unanswered")

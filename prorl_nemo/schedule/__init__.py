@@ -1,0 +1,1 @@
+"""What changes over thousands of steps, as pure functions and state machines (stdlib only)."""

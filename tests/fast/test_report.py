@@ -1,0 +1,455 @@
+"""The report: what it reads from a run directory, and that nothing a model wrote can act in it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import random
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prorl_nemo.errors import UserError
+from prorl_nemo.reporting import write_report
+from prorl_nemo.reporting.run import (
+    SAMPLE_STEPS,
+    SAMPLES_PER_STEP,
+    TEXT_LIMIT,
+    Run,
+    breaks,
+    columns,
+    compact,
+    cosine_spans,
+    pick_samples,
+    read_run,
+    setting_differences,
+    spans,
+    stages,
+    summary,
+)
+from prorl_nemo.training.metrics import RunLog
+
+STAGES = [("warm up", 1000, 2048), ("longer answers", 1200, 4096), ("hard problems", 800, 8192)]
+TASKS = ["spell_backward", "chain_sum", "basic_arithmetic", "number_sorting", "leg_counting"]
+HOSTILE = (
+    '</script><script>document.title="broken out"</script><img src=x onerror=alert(1)>'
+    "<!-- ]]> &lt; \u2028 \ud800 \x00 ${title} $data"
+)
+
+
+def write_run(run_dir: Path, seed: int, steps: int = 3000, crashes: tuple[int, ...] = ()) -> Path:
+    """A run directory as training writes it: resets every 300 steps, a penalty cycle of 100 on and
+    500 off, and crashes after which the work since the last 50th step is done again."""
+    noise = random.Random(seed)
+    recipe = {
+        "name": run_dir.name,
+        "seed": seed,
+        "model": "smollm2-135m-instruct",
+        "policy": {"optimizer": {"learning_rate": 2e-6, "betas": [0.9, 0.999]}},
+        "data": {"sources": [{"kind": "reasoning_gym", "task": task} for task in TASKS]},
+        "stages": [{"name": n, "steps": s, "max_response_tokens": t} for n, s, t in STAGES],
+    }
+    run_dir.mkdir(parents=True)
+    (run_dir / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    pending = list(crashes)
+    step, clock = 0, 1.76e9 + 1e6 * seed
+    log = RunLog(run_dir)
+    log.event("run_started", 0, time=clock, fingerprint="9f2c")
+    log.metrics(_validation_row(0, clock, noise))
+    while step < steps:
+        step += 1
+        row = _train_row(step, clock, noise)
+        clock += row["time/step"]
+        if step == 1 or _stage(step - 1) < row["stage"]:
+            log.event("stage_started", step, time=clock, stage=row["stage"],
+                      stage_name=row["stage_name"])  # fmt: skip
+        if step % 600 in (1, 101):
+            log.event("cosine_penalty", step, time=clock, on=step % 600 == 1)
+        log.metrics(row)
+        if step % 300 == 0:
+            log.event("reference_reset", step, time=clock, trigger="interval",
+                      figures={"kl": row["policy/kl"]})  # fmt: skip
+        if step % 50 == 0:
+            log.metrics(_validation_row(step, clock, noise))
+            log.samples(step, [_sample_row(step, noise) for _ in range(30)])
+            log.event("checkpoint_saved", step, time=clock, seconds=3.2,
+                      path=f"checkpoints/step_{step:06d}")  # fmt: skip
+        if step in pending:
+            pending.remove(step)
+            log.close()
+            with (run_dir / "metrics.jsonl").open("a") as file:
+                file.write('{"kind":"train","st')
+            log = RunLog(run_dir)
+            step, clock = step - step % 50, clock + 5000
+            log.truncate_after(step)
+            log.event("resumed", step, time=clock)
+    log.event("finished", steps, time=clock)
+    log.close()
+    return run_dir
+
+
+def _stage(step: int) -> int:
+    ends = [sum(s for _, s, _ in STAGES[: i + 1]) for i in range(len(STAGES))]
+    return sum(step > end for end in ends)
+
+
+def _skill(step: int) -> float:
+    return 0.12 + 0.42 * (1 - math.exp(-step / 900)) + 0.06 * _stage(step)
+
+
+def _train_row(step: int, clock: float, noise: random.Random) -> dict[str, Any]:
+    stage = _stage(step)
+    name, _, limit = STAGES[stage]
+    since_reset = (step - 1) % 300 + 1
+    penalty = (step - 1) % 600 < 100
+    skill = _skill(step)
+    length = limit * (0.16 + 0.1 * (1 - math.exp(-step / 700))) * (0.9 if penalty else 1)
+    length *= math.exp(noise.gauss(0, 0.06))
+    reward = skill + noise.gauss(0, 0.03)
+    generate = length / 90 * math.exp(noise.gauss(0, 0.08))
+    seconds = {
+        "generate": generate, "logprobs": 0.11 * generate, "reference": 0.1 * generate,
+        "train": 0.5 * generate, "sync": 0.6, "checkpoint": 3.2 if step % 50 == 0 else 0.0,
+    }  # fmt: skip
+    generated = int(length * 64)
+    return {
+        "kind": "train", "step": step, "time": clock, "stage": stage, "stage_name": name,
+        "reward/raw_mean": reward, "reward/shaped_mean": reward - 0.02 + 0.05 * penalty,
+        **{f"reward/raw/{task}": min(max(skill + 0.08 * (i - 2) + noise.gauss(0, 0.08), 0), 1)
+           for i, task in enumerate(TASKS)},
+        "rollout/kept_share": 0.72 - 0.3 * skill + noise.gauss(0, 0.04),
+        "rollout/groups_kept": 64, "rollout/groups_rejected": int(64 * skill),
+        "rollout/response_tokens_mean": length, "rollout/response_limit": limit,
+        "rollout/response_tokens_max": min(limit, int(length * noise.uniform(2.6, 5))),
+        "rollout/truncated_share": max(0.09 * math.exp(-step / 500) + noise.gauss(0.01, 0.006), 0),
+        "rollout/generated_tokens": generated, "rollout/trained_tokens": int(0.6 * generated),
+        "shaping/cosine_on": int(penalty), "shaping/dropped_groups": noise.choice([0, 0, 0, 1]),
+        "policy/loss": noise.gauss(-0.002, 0.004),
+        "policy/kl": 2e-5 * since_reset**0.9 * math.exp(noise.gauss(0, 0.15)),
+        "policy/entropy": 0.55 + 0.5 * math.exp(-step / 800) + noise.gauss(0, 0.02),
+        "policy/clip_share_low": 0.0009 * math.exp(noise.gauss(0, 0.2)),
+        "policy/clip_share_high": 0.0021 * math.exp(noise.gauss(0, 0.2)),
+        "policy/ratio_mean": 1 + noise.gauss(0, 0.0004),
+        "policy/grad_norm": None if step == 700
+        else 0.25 * math.exp(noise.gauss(0, 0.2)) * (30 if noise.random() < 0.002 else 1),
+        "policy/learning_rate": 2e-6 * min(step / 10, 1), "policy/skipped_updates": int(step == 700),
+        "mismatch/mean_abs": 0.009 * math.exp(noise.gauss(0, 0.1)),
+        "mismatch/p99": 0.06 * math.exp(noise.gauss(0, 0.15)),
+        "mismatch/token_mult_prob_error": 1.011 + noise.gauss(0, 0.001),
+        "mismatch/gen_kl": 4e-4 * math.exp(noise.gauss(0, 0.2)),
+        "mismatch/out_of_bounds_share": abs(noise.gauss(0, 2e-4)),
+        **{f"time/{phase}": value for phase, value in seconds.items()},
+        "time/step": sum(seconds.values()),
+        "throughput/generated_tokens_per_second": generated / generate,
+        "throughput/trained_tokens_per_second": 0.6 * generated / seconds["train"],
+    }  # fmt: skip
+
+
+def _validation_row(step: int, clock: float, noise: random.Random) -> dict[str, Any]:
+    skill = _skill(step) - 0.02
+    return {
+        "kind": "validation", "step": step, "time": clock, "validation/samples": 200,
+        "validation/mean": skill + noise.gauss(0, 0.012), "validation/stderr": 0.012,
+        **{f"validation/{task}": min(max(skill + 0.08 * (i - 2) + noise.gauss(0, 0.03), 0), 1)
+           for i, task in enumerate(TASKS)},
+        "validation/truncated_share": 0.06 * math.exp(-step / 500),
+        "validation/response_tokens_mean": 500 + 200 * _stage(step), "time/validate": 20.0,
+    }  # fmt: skip
+
+
+def _sample_row(step: int, noise: random.Random) -> dict[str, Any]:
+    a, b = noise.randint(100, 999), noise.randint(100, 999)
+    right = noise.random() < _skill(step)
+    cut = not right and noise.random() < 0.2
+    answer = a + b if right else a + b + noise.choice([-10, 1, 100])
+    thought = f"<think>\nAdd the units, then the tens: {a} + {b}.\n{a} + {b} = {answer}\n</think>\n"
+    return {
+        "step": step, "prompt_id": f"reasoning_gym/chain_sum/{a}", "domain": "logic",
+        "task": noise.choice(TASKS), "finish_reason": "length" if cut else "stop",
+        "messages": [
+            {"role": "system", "content": "Think first, then answer between <answer> tags."},
+            {"role": "user", "content": f"What is {a} + {b}?"},
+        ],
+        "response": thought[:40] if cut else f"{thought}The sum is <answer>{answer}</answer>.",
+        "score": float(right), "shaped": 0.93 if right else 0.0,
+        "advantage": noise.gauss(0.9 if right else -0.6, 0.2), "tokens": noise.randint(40, 400),
+        "reason": "answer matches" if right else f"expected {a + b}, found {answer}",
+    }  # fmt: skip
+
+
+# -- tests
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("runs") / "long", seed=1, crashes=(487, 1320, 2206))
+
+
+@pytest.fixture(scope="module")
+def page(run_dir: Path) -> str:
+    out = run_dir / "report.html"
+    write_report([run_dir], out)
+    return out.read_text("utf-8")
+
+
+class Elements(HTMLParser):
+    """Counts elements and keeps the text of scripts, as a browser would see them."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.inside = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self.inside = tag
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self.inside == "script":
+            self.scripts[-1] += data
+
+    @property
+    def data(self) -> Any:
+        return json.loads(self.scripts[0])
+
+
+def small_run(run_dir: Path, rows: list[dict[str, Any]], recipe: str = "model: m\n") -> Path:
+    with RunLog(run_dir) as log:
+        for row in rows:
+            log.metrics({"kind": "train", "time": 1.0, **row})
+    (run_dir / "recipe.yaml").write_text(recipe)
+    return run_dir
+
+
+def test_the_page_carries_the_run(page: str) -> None:
+    run = Elements(page).data["runs"][0]
+    assert run["train"]["step"] == list(range(1, 3001))
+    assert run["validation"]["step"] == list(range(0, 3001, 50))
+    assert run["train"]["policy/grad_norm"][699] is None
+    assert run["resets"] == list(range(300, 3001, 300))
+    assert run["restarts"] == [450, 1300, 2200]
+    assert run["cosine"] == [[1 + 600 * k, 100 + 600 * k] for k in range(5)]
+    assert [(s["from"], s["to"], s["name"], s["limit"]) for s in run["stages"]] == [
+        (1, 1000, "warm up", 2048), (1001, 2200, "longer answers", 4096),
+        (2201, 3000, "hard problems", 8192),
+    ]  # fmt: skip
+    assert run["breaks"] == sorted({*range(301, 3002, 300), 1001, 2201})
+    assert run["recipe"].startswith("name: long\nseed: 1\n")
+    # 3,000 steps of some forty numbers: about a megabyte, fit to be mailed.
+    assert len(page) < 2_000_000
+
+
+def test_the_summary_counts_what_the_rows_say(run_dir: Path) -> None:
+    found = summary(read_run(run_dir))
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    train = [row for row in rows if row["kind"] == "train"]
+    validation = [row for row in rows if row["kind"] == "validation"]
+    assert len(train) == 3000
+    seconds = math.fsum(r["time/step"] for r in train) + 20.0 * len(validation)
+    # Sums of 3,000 doubles differ in the order of summation only.
+    assert found["seconds"] == pytest.approx(seconds, rel=1e-12)
+    assert found["generated_tokens"] == sum(r["rollout/generated_tokens"] for r in train)
+    best = max(r["validation/mean"] for r in validation)
+    assert found["validation"]["best"]["mean"] == best
+    assert found["validation"]["start"]["step"] == 0
+    assert found["validation"]["last"]["step"] == 3000
+    assert found["validation"]["count"] == len(validation) == 61
+    assert (found["state"], found["steps"], found["total_steps"]) == ("finished", 3000, 3000)
+    assert (found["resets"], found["restarts"], found["stages"]) == (10, 3, 3)
+    assert (found["skipped_updates"], found["model"]) == (1, "smollm2-135m-instruct")
+
+
+def test_gain_and_its_error_by_hand(tmp_path: Path) -> None:
+    with RunLog(tmp_path) as log:
+        for step, mean, error in [(0, 0.25, 0.03), (10, 0.75, 0.05), (20, 0.5, 0.04)]:
+            log.metrics({"kind": "validation", "step": step, "time/validate": 2.0,
+                         "validation/mean": mean, "validation/stderr": error})  # fmt: skip
+    found = summary(read_run(tmp_path))["validation"]
+    assert found["gain"] == 0.25
+    assert found["gain_stderr"] == pytest.approx(0.05, rel=1e-12)  # 3-4-5 triangle
+    assert found["best"] == {"step": 10, "mean": 0.75, "stderr": 0.05}
+
+
+@pytest.mark.parametrize(
+    ("events", "state"),
+    [([], "unknown"), (["run_started"], "running"), (["run_started", "stopped"], "stopped"),
+     (["run_started", "stopped", "resumed"], "running"), (["resumed", "finished"], "finished")],
+)  # fmt: skip
+def test_state_is_what_happened_last(tmp_path: Path, events: list[str], state: str) -> None:
+    small_run(tmp_path, [{"step": 1}])
+    with RunLog(tmp_path) as log:
+        for event in events:
+            log.event(event, 1, reason="Ctrl-C")
+        log.event("checkpoint_saved", 1)
+    assert summary(read_run(tmp_path))["state"] == state
+
+
+def test_a_step_done_again_shows_its_last_row(tmp_path: Path) -> None:
+    small_run(tmp_path, [{"step": 1, "a": 1}, {"step": 2, "a": 2}, {"step": 1, "a": 3}])
+    assert columns(read_run(tmp_path).train)["a"] == [3, 2]
+
+
+def test_nothing_a_model_wrote_leaves_its_place(tmp_path: Path) -> None:
+    """Hostile text everywhere: samples, events, recipe, task and run names."""
+    run_dir = tmp_path / "<img src=x onerror=alert(1)>&amp;"
+    small_run(run_dir, [{"step": 1, "reward/raw_mean": 0.5, f"reward/raw/{HOSTILE}": 1.0}],
+              f"model: {json.dumps(HOSTILE)}\n")  # fmt: skip
+    with RunLog(run_dir) as log:
+        log.event("prompt_dropped", 1, prompt_id=HOSTILE, figures={"x": math.inf})
+        log.samples(1, [{
+            "step": 1, "task": HOSTILE, "prompt_id": HOSTILE, "response": HOSTILE,
+            "messages": [{"role": HOSTILE, "content": HOSTILE}], "reason": HOSTILE, "score": 1.0,
+            "finish_reason": HOSTILE,
+        }])  # fmt: skip
+    out = tmp_path / "out.html"
+    write_report([run_dir], out)
+    text = out.read_text("utf-8")
+    elements = Elements(text)
+    assert [tag for tag, _ in elements.tags if tag in ("script", "img", "iframe", "link")] == [
+        "script", "script",
+    ]  # fmt: skip
+    assert not any(key.startswith("on") for _, attrs in elements.tags for key in attrs)
+    # The browser's own rule: a script element ends at the first `</script`, whatever it holds.
+    assert text.lower().count("</script") == 2 and "<!--" not in text
+    run = elements.data["runs"][0]
+    sample = run["samples"][0]
+    assert sample["response"] == HOSTILE and sample["turns"] == [[HOSTILE, HOSTILE]]
+    assert run["events"][0]["details"] == {"prompt_id": HOSTILE, "figures": {"x": None}}
+    assert run["summary"]["model"] == HOSTILE
+
+
+def test_the_page_needs_no_network_and_admits_no_other_script(page: str) -> None:
+    elements = Elements(page)
+    policy = next(attrs["content"] or "" for tag, attrs in elements.tags
+                  if tag == "meta" and attrs.get("http-equiv") == "Content-Security-Policy")  # fmt: skip
+    digest = base64.b64encode(hashlib.sha256(elements.scripts[1].encode()).digest()).decode()
+    assert policy.startswith("default-src 'none'")
+    assert f"script-src 'sha256-{digest}';" in policy
+    assert "unsafe" not in policy
+    assert not any(key in attrs for _, attrs in elements.tags for key in ("src", "href", "style"))
+    urls = set(re.findall(r"https?://[^\s\"']+", elements.scripts[1] + page.split("<script")[0]))
+    assert urls == {"http://www.w3.org/2000/svg"}  # a name space, never fetched
+
+
+def test_several_runs_and_the_settings_they_differ_in(tmp_path: Path) -> None:
+    recipes = ["model: m\nrollout: {temperature: 1.2}\nstages: [{steps: 2}]\n",
+               "model: m\nrollout: {temperature: 0.8}\nstages: [{steps: 2}, {steps: 3}]\n"]  # fmt: skip
+    dirs = [small_run(tmp_path / str(i) / "same", [{"step": 1, "a": i}], recipe)
+            for i, recipe in enumerate(recipes)]  # fmt: skip
+    out = tmp_path / "deep" / "out.html"
+    write_report(dirs, out)
+    data = Elements(out.read_text()).data
+    assert [run["name"] for run in data["runs"]] == ["same (1)", "same (2)"]
+    assert data["differences"] == [["rollout.temperature", ["1.2", "0.8"]], ["stages.1.steps", ["-", "3"]]]
+    with pytest.raises(UserError, match="named twice"):
+        write_report([dirs[0], dirs[0]], out)
+    with pytest.raises(UserError, match="at least one"):
+        write_report([], out)
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a run directory"):
+        read_run(tmp_path)
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(UserError, match="no rows yet"):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize("recipe", ["", "[1, 2", "- a\n- b\n", "stages: 3\nmodel: [1]\n",
+                                    "stages: [{steps: x}, 4]\n", "a: &a [*a]\n"])  # fmt: skip
+def test_a_run_with_a_broken_recipe_is_still_shown(tmp_path: Path, recipe: str) -> None:
+    small_run(tmp_path / "run", [{"step": 1, "a": 1}], recipe)
+    write_report([tmp_path / "run"], tmp_path / "out.html")
+    assert Elements((tmp_path / "out.html").read_text()).data["runs"][0]["summary"]["steps"] == 1
+
+
+def test_yaml_that_stands_for_more_than_memory_holds(tmp_path: Path) -> None:
+    levels = "".join(f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]\n" for i in range(1, 12))
+    dirs = [small_run(tmp_path / name, [{"step": 1, "a": 1}], f"l0: &l0 [{name}]\n{levels}")
+            for name in ("x", "y")]  # fmt: skip
+    differences = setting_differences([read_run(d) for d in dirs])
+    assert differences[0] == ("l0", ["['x']", "['y']"])
+
+
+def test_rows_of_any_shape_make_a_page(tmp_path: Path) -> None:
+    odd = [{}, {"step": 2, "stage": "x", "time/step": "y", "reward/raw_mean": [1]},
+           {"step": 3, "shaping/cosine_on": None, "stage": None, "big": 10**400}]  # fmt: skip
+    small_run(tmp_path / "run", [{"step": 1}])
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        for row in odd:
+            file.write(json.dumps({"kind": "train", **row}) + "\n")
+    (tmp_path / "run" / "events.jsonl").write_text('{"event":5}\n{"step":"x","event":"resumed"}\n{}\n')
+    samples = tmp_path / "run" / "samples"
+    samples.mkdir()
+    (samples / "step_000001.jsonl").write_text('{"messages":[3,{}],"score":"x","response":null}\n')
+    write_report([tmp_path / "run"], tmp_path / "out.html")
+    assert Elements((tmp_path / "out.html").read_text()).data["runs"][0]["summary"]["steps"] == 3
+
+
+def test_samples_are_even_over_steps_and_varied_within(run_dir: Path) -> None:
+    picked = pick_samples(run_dir)
+    steps = sorted({sample["step"] for sample in picked})
+    assert len(steps) == SAMPLE_STEPS and steps[0] == 50 and steps[-1] == 3000
+    gaps = {b - a for a, b in zip(steps, steps[1:], strict=False)}
+    assert gaps <= {50, 100}  # 60 files, 40 shown: one or two files on
+    for step in steps:
+        own = [sample for sample in picked if sample["step"] == step]
+        assert len(own) == SAMPLES_PER_STEP
+        rows = (run_dir / "samples" / f"step_{step:06d}.jsonl").read_text().splitlines()
+        kinds = {(r["task"], r["score"], r["finish_reason"]) for r in map(json.loads, rows)}
+        shown = {(s["task"], s["score"], s["finish"]) for s in own}
+        assert len(shown) == min(len(kinds), SAMPLES_PER_STEP)
+
+
+def test_long_texts_lose_their_middle(tmp_path: Path) -> None:
+    with RunLog(tmp_path) as log:
+        log.samples(1, [{"response": "a" * 20_000 + "z" * 20_000}, {"response": "b" * TEXT_LIMIT}])
+    long, whole = (sample["response"] for sample in pick_samples(tmp_path))
+    assert long.startswith("a" * 4500 + "\n\n[… 31,000 characters left out …]\n\nz")
+    assert len(long) < TEXT_LIMIT + 60 and whole == "b" * TEXT_LIMIT
+
+
+def test_spans_by_hand() -> None:
+    assert spans([1, 2, 3, 7], ["a", "a", "b", "b"]) == [(1, 2, "a"), (3, 7, "b")]
+    assert spans([], []) == []
+
+
+@given(values=st.lists(st.booleans(), max_size=50))
+def test_spans_against_a_slow_reference(values: list[bool]) -> None:
+    rebuilt = {}
+    found = spans(range(len(values)), values)
+    for first, last, value in found:
+        rebuilt.update(dict.fromkeys(range(first, last + 1), value))
+    assert [rebuilt[i] for i in range(len(values))] == values
+    assert all(a[2] != b[2] for a, b in zip(found, found[1:], strict=False))
+
+
+@pytest.mark.parametrize(
+    ("value", "short"),
+    [(0.123456789, 0.12346), (2e-6, 2e-6), (8192, 8192), (123456789, 123456789), (3.0, 3),
+     (1234567.0, 1234600), (None, None), (True, None), ("1", None), (math.nan, None),
+     (math.inf, None), (10**400, None)],
+)  # fmt: skip
+def test_numbers_as_a_page_carries_them(value: Any, short: float | None) -> None:
+    assert compact(value) == short
+
+
+def test_stages_and_penalty_of_a_run_without_them() -> None:
+    run = Run("r", "", {}, [{"step": 1}, {"step": 2}], [], [], [])
+    assert stages(run) == [] and cosine_spans(run) == [] and breaks(run) == []
