@@ -9,12 +9,13 @@ computes up to `slots` sequences at once, one token each per tick; a tick takes
 
 from __future__ import annotations
 
+import heapq
 import math
 import random
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from prorl_nemo.records import Prompt
@@ -56,24 +57,42 @@ class World:
         return max(1, length), "stop", score
 
 
-@dataclass
-class _Running:
-    request: GenerationRequest
-    length: int
-    finish_reason: str
-    score: float
-    done: float = 0.0
+@dataclass(order=True)
+class _Job:
+    """A response to make; `finish` is when, in ticks of its engine."""
+
+    finish: float
+    request_id: str
+    length: int = field(compare=False)
+    finish_reason: str = field(compare=False)
+    score: float = field(compare=False)
 
 
 class _Engine:
+    """Sequences advance together, one token a tick, so a heap of finishing ticks suffices."""
+
     def __init__(self, slots: int) -> None:
         self.slots = slots
-        self.running: list[_Running] = []
-        self.queue: deque[_Running] = deque()
+        self.ticks = 0.0
+        self.running: list[_Job] = []
+        self.queue: deque[_Job] = deque()
 
     def admit(self) -> None:
         while self.queue and len(self.running) < self.slots:
-            self.running.append(self.queue.popleft())
+            job = self.queue.popleft()
+            job.finish = self.ticks + job.length
+            heapq.heappush(self.running, job)
+
+    def drop(self, request_ids: set[str]) -> float:
+        wasted = sum(
+            job.length - (job.finish - self.ticks)
+            for job in self.running
+            if job.request_id in request_ids
+        )
+        self.running = [job for job in self.running if job.request_id not in request_ids]
+        heapq.heapify(self.running)
+        self.queue = deque(job for job in self.queue if job.request_id not in request_ids)
+        return wasted
 
 
 class SimulatedFleet:
@@ -102,57 +121,49 @@ class SimulatedFleet:
         self._per_sequence = sequence_seconds
 
     def submit(self, requests: Sequence[GenerationRequest]) -> None:
-        groups: dict[tuple[int, ...], list[GenerationRequest]] = {}
+        groups: dict[int, list[GenerationRequest]] = {}
         for request in requests:
-            groups.setdefault(tuple(request.prompt_token_ids), []).append(request)
-        for group in groups.values():
+            groups.setdefault(request.prompt_token_ids[0], []).append(request)
+        for index, group in groups.items():
             engine = min(self._engines, key=lambda e: len(e.running) + len(e.queue))
             for request in group:
-                prompt_id = str(request.prompt_token_ids[0])
-                engine.queue.append(_Running(request, *self.world.response(prompt_id, request.seed)))
+                length, finish_reason, score = self.world.response(str(index), request.seed)
+                engine.queue.append(_Job(0.0, request.request_id, length, finish_reason, score))
 
     def poll(self, max_wait: float) -> list[GenerationResult]:
         """Jump to the next time that a response finishes."""
-        ticks, waits = [], []
         for engine in self._engines:
             engine.admit()
-            tick = self._base + self._per_sequence * len(engine.running)
-            ticks.append(tick)
-            waits += [(r.length - r.done) * tick for r in engine.running]
-        if not waits:
+        active = [engine for engine in self._engines if engine.running]
+        if not active:
             return []
-        step = min(waits)
+        tick = [self._base + self._per_sequence * len(engine.running) for engine in active]
+        step = min(
+            (engine.running[0].finish - engine.ticks) * seconds
+            for engine, seconds in zip(active, tick, strict=True)
+        )
         self.now += step
-        results = []
-        for engine, tick in zip(self._engines, ticks, strict=True):
-            tokens = step / tick
-            self.busy_seconds += step * bool(engine.running)
-            self.generated_tokens += tokens * len(engine.running)
-            for running in engine.running:
-                running.done += tokens
-            finished = [r for r in engine.running if r.done >= r.length - 1e-6]
-            engine.running = [r for r in engine.running if r.done < r.length - 1e-6]
-            results += [
-                GenerationResult(
-                    request_id=r.request.request_id,
-                    token_ids=[0] * r.length,
-                    logprobs=[0.0] * r.length,
-                    finish_reason=r.finish_reason,
-                    text=str(r.score),
-                    weight_version=0,
-                )
-                for r in finished
-            ]
-        return results
+        self.busy_seconds += step * len(active)
+        finished = []
+        for engine, seconds in zip(active, tick, strict=True):
+            self.generated_tokens += step / seconds * len(engine.running)
+            engine.ticks += step / seconds
+            while engine.running and engine.running[0].finish <= engine.ticks + 1e-6:
+                finished.append(heapq.heappop(engine.running))
+        return [
+            GenerationResult(
+                request_id=job.request_id,
+                token_ids=[0] * job.length,
+                logprobs=[0.0] * job.length,
+                finish_reason=job.finish_reason,
+                text=str(job.score),
+                weight_version=0,
+            )
+            for job in finished
+        ]
 
     def abort(self, request_ids: Sequence[str]) -> int:
-        dropped = set(request_ids)
-        wasted = 0.0
-        for engine in self._engines:
-            wasted += sum(r.done for r in engine.running if r.request.request_id in dropped)
-            engine.running = [r for r in engine.running if r.request.request_id not in dropped]
-            engine.queue = deque(r for r in engine.queue if r.request.request_id not in dropped)
-        return round(wasted)
+        return round(sum(engine.drop(set(request_ids)) for engine in self._engines))
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,16 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from prorl_nemo.errors import UserError
 
 app = typer.Typer(
-    help="ProRL v2 on Megatron-Core and vLLM.", no_args_is_help=True, add_completion=False
+    help="ProRL v2 on Megatron-Core and vLLM.",
+    no_args_is_help=True,
+    add_completion=False,
+    # Typer's own tracebacks print local variables: whole tensors, and tokens of the environment.
+    pretty_exceptions_enable=False,
 )
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")]
 Overrides = Annotated[
@@ -46,6 +51,8 @@ def check(
         from prorl_nemo.recipe import load_recipe
 
         settings = load_recipe(recipe, overrides or [])
+        if json_file:
+            _check_writable("--json", json_file)  # Now, not after minutes of checks.
         from prorl_nemo.training.check import run_check
 
         ok = run_check(settings, json_file)
@@ -62,7 +69,10 @@ def report(
         from prorl_nemo.reporting import write_report
 
         target = out or runs[0] / "report.html"
-        write_report(runs, target)
+        try:
+            write_report(runs, target)
+        except OSError as error:
+            raise UserError(f"--out: {target} cannot be written ({error.strerror})") from None
         print(f"report: {target}")
 
 
@@ -72,12 +82,24 @@ def _errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        Console(stderr=True).print(f"[bold red]error[/] {_plain(str(error))}", highlight=False)
+        message = str(error).translate(_CONTROL)
+        # Not wrapped: a path that is cut in two cannot be copied.
+        Console(stderr=True).print(
+            Text.assemble(("error", "bold red"), " ", message), soft_wrap=True
+        )
         raise typer.Exit(2) from None
 
 
-def _plain(text: str) -> str:
-    return text.replace("[", r"\[")
+# What a message quotes must not steer the terminal.
+_CONTROL = {code: f"\\x{code:02x}" for code in (*range(10), *range(11, 32), 127)}
+
+
+def _check_writable(option: str, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise UserError(f"{option}: {path} cannot be written ({error.strerror})") from None
 
 
 if __name__ == "__main__":

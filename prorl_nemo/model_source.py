@@ -39,7 +39,10 @@ def resolve_model(name: str) -> Path:
     """
     if name == smollm2.NAME:
         return smollm2.smollm2_folder()
-    folder = Path(name).expanduser()
+    try:
+        folder = Path(name).expanduser()
+    except RuntimeError as error:
+        raise ModelError(f"model: {name!r}: {error}") from None
     if folder.exists():
         check_model_folder(folder)
         return folder.resolve()

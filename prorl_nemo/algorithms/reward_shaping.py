@@ -4,7 +4,7 @@ Three rules, always in this order:
 
 1. stop properly: a truncated response keeps `truncated_factor` of its score (DLER, arXiv
    2510.15110; NeMo-RL and OpenRLHF ship 0);
-2. overlong: DAPO's linear penalty over the last tokens before the limit (2503.14476, eq. 13);
+2. overlong: DAPO's linear penalty over the last tokens before the limit (2503.14476, section 3.4);
 3. cosine length: ProRL v2's scheduled reward for shorter answers.
 
 Overlong applies to truncated responses as well: otherwise being cut off would pay more than

@@ -26,19 +26,21 @@ def load_prompts(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
     on_drop: Callable[[str, str], None] | None = None,
+    generator: ReasoningGymGenerator | None = None,
 ) -> RunPrompts:
     """All prompts of a run.
 
     Args:
         tokenizer: of the policy, with a chat template (`chat.load_tokenizer`).
         on_drop: called with (prompt id, reason) for every training prompt left out.
+        generator: a process to share; by default one of its own.
 
     Raises:
         RecipeError: an unknown task or setting, or a task without enough questions.
     """
     data = recipe.data
     renderer = ChatRenderer(tokenizer, data.max_prompt_tokens)
-    generator = ReasoningGymGenerator()
+    generator = generator or ReasoningGymGenerator()
     sources = [
         ReasoningGymSource(
             source.task,

@@ -35,6 +35,9 @@ _EXAMPLES = 16
 _SECONDS_PER_ITEM = 120.0
 _SECONDS_TO_START = 120.0
 
+# One item that hangs is bad luck; settings that make every item hang would cost days.
+_DEATHS_IN_A_ROW = 3
+
 
 class GeneratorDied(Exception):  # noqa: N818 - reported as a dropped prompt.
     """The generating process ended or hung on a request."""
@@ -166,6 +169,7 @@ class ReasoningGymSource:
         self._system_prompt = system_prompt
         self._key = key
         self._examples: dict[str, list[tuple[str, str]]] = {}
+        self._deaths = 0
         self.version = self._check()
 
     @property
@@ -274,7 +278,14 @@ class ReasoningGymSource:
                 slot=slot,
             )
         except GeneratorDied as death:
+            self._deaths += 1
+            if self._deaths == _DEATHS_IN_A_ROW:
+                raise RecipeError(
+                    f"{self._key}.config: generating {self.task} died or hung "
+                    f"{self._deaths} times in a row ({death}); its settings leave nothing to find"
+                ) from None
             raise PromptDropped(f"generator died: {death}") from None
+        self._deaths = 0
         if "dropped" in answer:
             raise PromptDropped(answer["dropped"])
         entry: dict[str, Any] = answer["entry"]

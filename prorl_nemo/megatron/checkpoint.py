@@ -19,27 +19,46 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedStateDict,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
 from torch import Tensor
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import save as torch_save
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def save(folder: Path, model: Any, optimizer: Any, reference: list[Tensor]) -> None:
-    """Collective. `folder` must exist and be empty."""
-    dist_checkpointing.save(_state(model, optimizer, reference, filled=True), str(folder))
+def save(folder: Path, chunks: list[Any], optimizer: Any, reference: list[Tensor]) -> None:
+    """Collective. `folder` must exist and be empty.
+
+    Args:
+        chunks: the model chunks of this rank (one, or more with an interleaved pipeline).
+        reference: a tensor for each of their parameters, in order.
+    """
+    state = _state(chunks, optimizer, reference, filled=True)
+    dist_checkpointing.save(state, str(folder), _InProcessSave("torch_dist", 1))
 
 
-def load(folder: Path, model: Any, optimizer: Any, reference: list[Tensor]) -> None:
+def load(folder: Path, chunks: list[Any], optimizer: Any, reference: list[Tensor]) -> None:
     """Collective. Fills the three in place."""
-    state = _state(model, optimizer, reference, filled=False)
+    state = _state(chunks, optimizer, reference, filled=False)
     loaded = dist_checkpointing.load(state, str(folder))
-    model.load_state_dict(loaded["model"])
+    for chunk, weights in zip(chunks, loaded["model"], strict=True):
+        chunk.load_state_dict(weights)
+    parameters = _named_parameters(chunks)
     with torch.no_grad():
-        names = [name for name, _ in model.named_parameters()]
-        for name, tensor in zip(names, reference, strict=True):
+        for name, tensor in zip(parameters, reference, strict=True):
             tensor.copy_(loaded["reference"][name])
-        name_of = {parameter: name for name, parameter in model.named_parameters()}
+        name_of = {parameter: name for name, parameter in parameters.items()}
         for part in parts_of(optimizer):
             for parameter, main, start, end in _shards(part):
                 whole = loaded["optimizer"][name_of[parameter]]
@@ -48,6 +67,34 @@ def load(folder: Path, model: Any, optimizer: Any, reference: list[Tensor]) -> N
                 for moment in _MOMENTS:
                     state[moment].copy_(whole[moment].flatten()[start:end].view_as(main))
             _set_step(part, loaded["adam_step"])
+
+
+def _named_parameters(chunks: list[Any]) -> dict[str, Any]:
+    """Every parameter of the rank, by chunk number and name."""
+    return {
+        f"{number}.{name}": parameter
+        for number, chunk in enumerate(chunks)
+        for name, parameter in chunk.named_parameters()
+    }
+
+
+class _InProcessSave(TorchDistSaveShardedStrategy):
+    """Megatron's `torch_dist` format, written (and fsynced) by torch's own writer.
+
+    Megatron's writer keeps a spawned process beside every rank, which imports torch anew and
+    outlives a rank that is killed, and it forks the rank, whose gloo and autograd threads
+    may hold locks at that moment.
+    """
+
+    def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path) -> None:
+        state, _, _ = _replace_state_dict_keys_with_sharded_keys(
+            sharded_state_dict, self.keep_only_main_replica
+        )
+        torch_save(
+            mcore_to_pyt_state_dict(state, False),
+            storage_writer=FileSystemWriter(checkpoint_dir, sync_files=True),
+            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        )
 
 
 def parts_of(optimizer: Any) -> list[Any]:
@@ -99,13 +146,16 @@ def _shards(part: Any) -> Iterator[tuple[Any, Tensor, int, int]]:
                     yield parameter, main, ranges["param"].start, ranges["param"].end
 
 
-def _state(model: Any, optimizer: Any, reference: list[Tensor], filled: bool) -> dict[str, Any]:
-    parameters = dict(model.named_parameters())
-    policy = model.sharded_state_dict()
+def _state(
+    chunks: list[Any], optimizer: Any, reference: list[Tensor], filled: bool
+) -> dict[str, Any]:
+    parameters = _named_parameters(chunks)
+    policy = [chunk.sharded_state_dict() for chunk in chunks]
     described = {
-        name: part
-        for name, part in policy.items()
-        if name in parameters and isinstance(part, ShardedTensor | ShardedTensorFactory)
+        f"{number}.{name}": part
+        for number, chunk in enumerate(policy)
+        for name, part in chunk.items()
+        if isinstance(part, ShardedTensor | ShardedTensorFactory)
     }
     missing = set(parameters) - set(described)
     if missing:

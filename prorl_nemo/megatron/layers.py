@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -39,7 +41,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        # A bf16 layer takes bf16, whether the residual stream is kept in fp32 or not.
+        return self.weight * wide.to(self.weight.dtype)
 
 
 class PackedRotaryEmbedding(RotaryEmbedding):
@@ -65,9 +68,10 @@ class PackedRotaryEmbedding(RotaryEmbedding):
 class PackedAttention(nn.Module):
     """Attention inside each tree of a packed row: causal, responses blind to each other.
 
-    Forward: query [tokens, 1, heads, dim], key and value [tokens, 1, groups, dim];
-    returns [tokens, 1, heads * dim]. Cost grows with the sum of squared tree
-    lengths, never with the square of the row.
+    Forward: query [tokens, 1, heads, dim], key and value [tokens, 1, groups, dim] of the
+    tokens this rank holds; returns [tokens, 1, heads * dim]. Cost grows with the sum of
+    squared tree lengths, never with the square of the row. Under context parallelism keys and
+    values of the whole row are gathered, and the rank computes its own queries.
     """
 
     def __init__(
@@ -97,21 +101,40 @@ class PackedAttention(nn.Module):
     ) -> Tensor:
         if not isinstance(packed_seq_params, PackedRow):
             raise TypeError("PackedAttention needs a PackedRow")
+        if len(packed_seq_params.pieces) > 1:
+            key, value = _gather_row(torch.cat((key, value), dim=-1)).chunk(2, dim=-1)
         # [tokens, 1, heads, dim] -> [1, heads, tokens, dim]
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if k.shape[1] != q.shape[1]:
             repeats = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
         parts = []
-        for tree in packed_seq_params.trees:
-            parts.extend(self._tree(q, k, v, tree))
+        held = 0
+        for start, stop in packed_seq_params.pieces:
+            for tree in packed_seq_params.trees:
+                first, last = max(start, tree.start), min(stop, tree.start + tree.length)
+                if first >= last:
+                    continue
+                if len(tree.responses) > 1:
+                    parts.extend(self._shared_prompt(q, k, v, tree))
+                else:
+                    mine = q[:, :, held + first - start : held + last - start]
+                    seen = slice(tree.start, last)
+                    parts.append(self._causal(mine, k[:, :, seen], v[:, :, seen]))
+            held += stop - start
         out = torch.cat(parts, dim=2)
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
-    def _tree(self, q: Tensor, k: Tensor, v: Tensor, tree: Tree) -> list[Tensor]:
+    def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The queries are those of the last keys."""
+        before = k.shape[2] - q.shape[2]
+        if before == 0:
+            return self._attend(q, k, v)
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+        return self._attend(q, k, v, mask.tril(before))
+
+    def _shared_prompt(self, q: Tensor, k: Tensor, v: Tensor, tree: Tree) -> list[Tensor]:
         span = slice(tree.start, tree.start + tree.length)
-        if len(tree.responses) <= 1:
-            return [self._attend(q[:, :, span], k[:, :, span], v[:, :, span])]
         if tree.length <= _ONE_PRODUCT_TOKENS:
             mask = tree_mask(tree, q.device)
             return [self._attend(q[:, :, span], k[:, :, span], v[:, :, span], mask)]
@@ -122,8 +145,7 @@ class PackedAttention(nn.Module):
             own = slice(start, start + length)
             seen_k = torch.cat((k[:, :, prompt], k[:, :, own]), dim=2)
             seen_v = torch.cat((v[:, :, prompt], v[:, :, own]), dim=2)
-            mask = torch.ones(length, tree.prompt + length, dtype=torch.bool, device=q.device)
-            parts.append(self._attend(q[:, :, own], seen_k, seen_v, mask.tril(tree.prompt)))
+            parts.append(self._causal(q[:, :, own], seen_k, seen_v))
             start += length
         return parts
 
@@ -131,6 +153,17 @@ class PackedAttention(nn.Module):
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale
         )
+
+
+def _gather_row(held: Tensor) -> Tensor:
+    """[held tokens, ...] of every context-parallel rank -> [tokens, ...] in the row's order."""
+    group = parallel_state.get_context_parallel_group()
+    gathered = gather_from_sequence_parallel_region(held, group=group)
+    ranks = group.size()
+    # Each rank's first piece comes from the front, its second from the back (context_share).
+    pieces = gathered.view(ranks, 2, -1, *held.shape[1:])
+    front, back = pieces[:, 0], pieces[:, 1].flip(0)
+    return torch.cat((front, back)).reshape(gathered.shape)
 
 
 @functools.lru_cache(maxsize=512)

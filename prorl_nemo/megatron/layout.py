@@ -114,7 +114,7 @@ def padded_vocab(spec: ModelSpec, tensor_parallel: int) -> int:
 
 
 def check_layout(policy: Policy, spec: ModelSpec) -> None:
-    """Refuse a layout that does not divide the model.
+    """Refuse a layout that does not divide the model, or that Megatron would compute wrongly.
 
     Raises:
         RecipeError: naming the key, the figures and the values that would do.
@@ -133,6 +133,27 @@ def check_layout(policy: Policy, spec: ModelSpec) -> None:
         problems.append(
             f"policy.pipeline_parallel: {pp} does not divide the model's {spec.layers} layers; "
             f"possible: {_divisors(spec.layers)}"
+        )
+    elif spec.layers // pp % policy.virtual_pipeline:
+        problems.append(
+            f"policy.virtual_pipeline: {policy.virtual_pipeline} does not divide the "
+            f"{spec.layers // pp} layers of a pipeline rank; possible: "
+            f"{_divisors(spec.layers // pp)}"
+        )
+    if policy.virtual_pipeline > 1 and pp == 1:
+        problems.append(
+            "policy.virtual_pipeline: interleaves pipeline ranks, of which there is one; set it "
+            "to 1 or raise policy.pipeline_parallel"
+        )
+    if policy.sequence_parallel and tp == 1:
+        problems.append(
+            "policy.sequence_parallel: shares tokens between tensor-parallel ranks, of which there "
+            "is one; set it to false or raise policy.tensor_parallel"
+        )
+    if policy.context_parallel > 1 and policy.shared_prompts:
+        problems.append(
+            "policy.context_parallel: cannot cut a row with shared prompts; set "
+            "policy.shared_prompts=false, or policy.context_parallel=1"
         )
     if problems:
         raise RecipeError("\n  ".join(problems))

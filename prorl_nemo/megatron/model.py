@@ -41,7 +41,10 @@ class PolicyModel(GPTModel):
             return hidden_states
         row: PackedRow = packed_seq_params
         if self.config.sequence_parallel:
-            hidden_states = gather_from_sequence_parallel_region(hidden_states)
+            # The log-probs' backward already sums over the ranks: each takes its slice of it.
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False
+            )
         weight = (
             self.shared_embedding_or_output_weight()
             if self.share_embeddings_and_output_weights
@@ -64,15 +67,23 @@ def transformer_config(spec: ModelSpec, policy: Policy) -> TransformerConfig:
     Rope and activation fusions stay off: on DeepSeek-R1-Distill-Qwen-1.5B they make
     trainer and engine disagree (NeMo-RL #1801). `moe_token_dispatcher_type` matters to
     dense models too: variable sequence lengths over pipeline stages require it.
+
+    The interleaved schedule sends activations and gradients in one batch by default. With two
+    pipeline ranks both have the same sender and receiver, and gloo delivers one in place of the
+    other: silently wrong gradients. Messages one by one, as set here, keep their order. Its
+    early release of sent activations is off on CPU, where gloo may still be reading them.
     """
     dtype = DTYPES[policy.precision]
+    interleaved = policy.virtual_pipeline > 1
     recompute: dict[str, Any] = {}
     if policy.recompute == "full":
-        recompute = dict(
-            recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
-        )
+        recompute = {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
     elif policy.recompute == "selective":
-        recompute = dict(recompute_granularity="selective", recompute_modules=["core_attn"])
+        recompute = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     return TransformerConfig(
         num_layers=spec.layers,
         hidden_size=spec.hidden,
@@ -90,10 +101,19 @@ def transformer_config(spec: ModelSpec, policy: Policy) -> TransformerConfig:
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,
-        pipeline_dtype=dtype,
+        # bf16 rounds the residual stream once for each layer; in fp32 the trainer's log-probs are
+        # half as far from the exact ones, for 1 % of the time.
+        fp32_residual_connection=policy.precision == "bf16",
+        pipeline_dtype=torch.float32,
         bf16=policy.precision == "bf16",
         tensor_model_parallel_size=policy.tensor_parallel,
+        sequence_parallel=policy.sequence_parallel,
         pipeline_model_parallel_size=policy.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=policy.virtual_pipeline if interleaved else None,
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        context_parallel_size=policy.context_parallel,
+        # Without it a context-parallel rank's mean loss makes gradients that many times too large.
         calculate_per_token_loss=True,
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
@@ -103,7 +123,7 @@ def transformer_config(spec: ModelSpec, policy: Policy) -> TransformerConfig:
         apply_rope_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
-        deallocate_pipeline_outputs=True,
+        deallocate_pipeline_outputs=torch.cuda.is_available() or not interleaved,
         # Weights come from the folder, but initialisation must be "performed": without it
         # Megatron leaves out the attributes by which the gradient norm counts a tensor-parallel
         # shard on every rank, and the norm is silently too small.
@@ -134,21 +154,33 @@ def layer_spec(spec: ModelSpec) -> ModuleSpec:
     return layer
 
 
-def build_model(spec: ModelSpec, policy: Policy, folder: Path) -> PolicyModel:
-    """This rank's part of the model, with the folder's weights. Needs parallel_state."""
+def build_model(spec: ModelSpec, policy: Policy, folder: Path) -> list[PolicyModel]:
+    """This rank's chunks of the model, with the folder's weights. Needs parallel_state.
+
+    One chunk, or with an interleaved pipeline one for each virtual stage; all share a config.
+    """
     config = transformer_config(spec, policy)
-    first = parallel_state.is_pipeline_first_stage(ignore_virtual=True)
-    last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+    return [
+        _build_chunk(spec, policy, config, folder, stage)
+        for stage in range(policy.virtual_pipeline)
+    ]
+
+
+def _build_chunk(
+    spec: ModelSpec, policy: Policy, config: TransformerConfig, folder: Path, stage: int
+) -> PolicyModel:
+    place: dict[str, Any] = {"ignore_virtual": False, "vp_stage": stage}
     model = PolicyModel(
         config,
-        _block_spec(spec, config),
+        _block_spec(spec, config, stage),
         vocab_size=padded_vocab(spec, policy.tensor_parallel),
         max_sequence_length=spec.max_positions,
-        pre_process=first,
-        post_process=last,
+        pre_process=parallel_state.is_pipeline_first_stage(**place),
+        post_process=parallel_state.is_pipeline_last_stage(**place),
         share_embeddings_and_output_weights=spec.tied,
         position_embedding_type="rope",
         rotary_base=int(spec.rope_theta),
+        vp_stage=stage if policy.virtual_pipeline > 1 else None,
     )
     model.true_vocab_size = spec.vocab
     model.rotary_pos_emb = PackedRotaryEmbedding(
@@ -167,14 +199,15 @@ def build_model(spec: ModelSpec, policy: Policy, folder: Path) -> PolicyModel:
     return model
 
 
-def _block_spec(spec: ModelSpec, config: TransformerConfig) -> Any:
+def _block_spec(spec: ModelSpec, config: TransformerConfig, stage: int) -> Any:
     from megatron.core.transformer.transformer_block import (
         TransformerBlockSubmodules,
         get_num_layers_to_build,
     )
 
+    layers = get_num_layers_to_build(config, vp_stage=stage)
     return TransformerBlockSubmodules(
-        layer_specs=[layer_spec(spec)] * get_num_layers_to_build(config), layer_norm=RMSNorm
+        layer_specs=[layer_spec(spec)] * layers, layer_norm=RMSNorm
     )
 
 

@@ -7,13 +7,16 @@ a response's first token comes from the prompt's last token, so a shared prompt
 is computed once for all its responses, forward and backward: exact, because
 attention is the only place where tokens meet.
 
-Our own layout; packing without sharing follows the usual `thd` practice.
+Our own layout; packing without sharing follows the usual `thd` practice. With
+context parallelism a rank holds two pieces of the row, one from each end, so that
+every rank has as many earlier tokens to look at as any other (the balance of
+Llama 3, arXiv 2407.21783, section 3.3.2).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -37,41 +40,47 @@ class Tree:
 
 @dataclass
 class PackedRow(PackedSeqParams):
-    """One micro-batch. Passed through Megatron as its `packed_seq_params`.
+    """One micro-batch, or a context-parallel rank's pieces of it.
 
-    `qkv_format` is not `thd`: attention gets [tokens, 1, heads, dim] and the
-    rotary embedding of each token's own position (see layers.py).
+    Passed through Megatron as its `packed_seq_params`. `qkv_format` is not `thd`: attention
+    gets [tokens, 1, heads, dim] and the rotary embedding of each token's own position (see
+    layers.py). `trees`, `tokens`, `sample_ids` and `sample_lengths` describe the whole row on
+    every rank.
 
     Attributes:
-        input_ids: [1, tokens].
-        position_ids: [tokens], each token's position in its own sequence.
+        input_ids: [1, held tokens].
+        position_ids: [held tokens], each token's position in its own sequence.
         trees: the layout, in order.
-        hidden_index: [targets], row index of the hidden state that predicts each target.
-        targets: [targets], response tokens in order of (item, response, position).
-        sample_ids, sample_lengths: the sample of each run of targets, and its length.
+        tokens: length of the whole row.
+        pieces: (start, stop) of the stretches of the row this rank holds, in order.
+        hidden_index: [held targets], index, among the held tokens, of the hidden state that
+            predicts each target.
+        targets: [held targets], response tokens in order of (item, response, position).
+        target_index: [held targets], the number of each among the targets of the whole row.
+        sample_ids, sample_lengths: the sample of each run of the row's targets, and its length.
         temperature: divides the logits, as it did when the responses were sampled.
     """
 
     input_ids: Tensor = field(default_factory=lambda: torch.empty(0))
     position_ids: Tensor = field(default_factory=lambda: torch.empty(0))
     trees: tuple[Tree, ...] = ()
+    tokens: int = 0
+    pieces: tuple[tuple[int, int], ...] = ()
     hidden_index: Tensor = field(default_factory=lambda: torch.empty(0))
     targets: Tensor = field(default_factory=lambda: torch.empty(0))
+    target_index: Tensor = field(default_factory=lambda: torch.empty(0))
     sample_ids: tuple[int, ...] = ()
     sample_lengths: tuple[int, ...] = ()
     temperature: float = 1.0
-
-    @property
-    def tokens(self) -> int:
-        return int(self.input_ids.shape[1])
 
 
 def build_row(
     items: Sequence[TrainingItem], temperature: float = 1.0, multiple_of: int = 1
 ) -> PackedRow:
-    """Lay out `items` in one row, padded with token 0 to a multiple (sequence parallelism).
+    """Lay out `items` in one row, padded with token 0 to a multiple that ranks can share.
 
-    The padding is a tree of its own, so nothing attends to it.
+    The padding is a tree of its own, so nothing attends to it. No items give a row of padding,
+    which takes part in every collective and adds nothing.
     """
     ids: list[int] = []
     positions: list[int] = []
@@ -92,7 +101,7 @@ def build_row(
             hidden.extend(range(first, first + len(response) - 1))
             targets.extend(response)
         trees.append(Tree(start, prompt, tuple(len(r) for r in item.responses)))
-    padding = -len(ids) % multiple_of
+    padding = -len(ids) % multiple_of if ids else multiple_of
     if padding:
         trees.append(Tree(len(ids), padding, ()))
         ids.extend([0] * padding)
@@ -102,9 +111,41 @@ def build_row(
         input_ids=torch.tensor([ids], dtype=torch.int64),
         position_ids=torch.tensor(positions, dtype=torch.int64),
         trees=tuple(trees),
+        tokens=len(ids),
+        pieces=((0, len(ids)),),
         hidden_index=torch.tensor(hidden, dtype=torch.int64),
         targets=torch.tensor(targets, dtype=torch.int64),
+        target_index=torch.arange(len(targets)),
         sample_ids=tuple(i for item in items for i in item.sample_ids),
         sample_lengths=tuple(len(r) for item in items for r in item.responses),
         temperature=temperature,
+    )
+
+
+def context_share(row: PackedRow, rank: int, ranks: int) -> PackedRow:
+    """The part of a whole row that context-parallel rank `rank` holds.
+
+    The row is cut into 2 x ranks equal pieces; a rank holds one from the front and its mirror
+    image from the back.
+
+    Raises:
+        ValueError: the row's length is no multiple of 2 x ranks, or prompts are shared.
+    """
+    if ranks == 1:
+        return row
+    if row.tokens % (2 * ranks) or any(len(tree.responses) > 1 for tree in row.trees):
+        raise ValueError("context parallelism needs rows of plain sequences, padded to 2 x ranks")
+    size = row.tokens // (2 * ranks)
+    pieces = tuple((n * size, (n + 1) * size) for n in (rank, 2 * ranks - 1 - rank))
+    held = torch.cat([torch.arange(start, stop) for start, stop in pieces])
+    place = torch.full((row.tokens,), -1).index_copy(0, held, torch.arange(len(held)))
+    mine = torch.nonzero(place[row.hidden_index] >= 0).squeeze(1)
+    return replace(
+        row,
+        input_ids=row.input_ids[:, held],
+        position_ids=row.position_ids[held],
+        pieces=pieces,
+        hidden_index=place[row.hidden_index[mine]],
+        targets=row.targets[mine],
+        target_index=mine,
     )

@@ -44,14 +44,13 @@ from prorl_nemo.megatron import checkpoint, hf_weights  # noqa: E402
 from prorl_nemo.megatron.model import (  # noqa: E402
     build_model,
     layer_offset,
-    transformer_config,
     weight_shape,
 )
-from prorl_nemo.megatron.packing import PackedRow, build_row  # noqa: E402
+from prorl_nemo.megatron.packing import PackedRow, build_row, context_share  # noqa: E402
 
 
 class PolicyWorker:
-    """The rank's model, optimizer and reference.
+    """The rank's model chunks, optimizer and reference.
 
     Args:
         recipe: the run's settings.
@@ -81,18 +80,22 @@ class PolicyWorker:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=self.policy.tensor_parallel,
             pipeline_model_parallel_size=self.policy.pipeline_parallel,
+            virtual_pipeline_model_parallel_size=(
+                self.policy.virtual_pipeline if self.policy.virtual_pipeline > 1 else None
+            ),
+            context_parallel_size=self.policy.context_parallel,
         )
         tensor_parallel.model_parallel_cuda_manual_seed(recipe.seed)
         self.device = torch.device("cuda" if on_gpu else "cpu")
         self._build(folder)
 
     def _build(self, folder: Path) -> None:
-        self.model = build_model(self.spec, self.policy, folder)
-        self.config = self.model.config
+        self.chunks = build_model(self.spec, self.policy, folder)
+        self.config = self.chunks[0].config
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False
         )
-        self.ddp = DistributedDataParallel(self.config, ddp, self.model)
+        self.ddp = [DistributedDataParallel(self.config, ddp, chunk) for chunk in self.chunks]
         settings = self.policy.optimizer
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
@@ -107,12 +110,16 @@ class PolicyWorker:
                 params_dtype=self.config.params_dtype,
                 use_distributed_optimizer=True,
             ),
-            [self.ddp],
+            self.ddp,
         )
         checkpoint.allocate_adam_state(self.optimizer)
         self.config.grad_scale_func = self.optimizer.scale_loss
         self.config.finalize_model_grads_func = finalize_model_grads
-        self.reference = [p.detach().clone() for p in self.model.parameters()]
+        self.reference = [p.detach().clone() for p in self._parameters()]
+
+    def _parameters(self) -> list[Tensor]:
+        """The model's parameters on this rank, chunk after chunk."""
+        return [parameter for chunk in self.chunks for parameter in chunk.parameters()]
 
     # ---- forward passes -------------------------------------------------------------------
 
@@ -125,7 +132,6 @@ class PolicyWorker:
         that hold the result (last stage, first tensor-parallel rank); {} on the others.
         """
         rows = self._rows(batch, range(len(batch.groups)))
-        found: dict[int, NDArray[np.float32]] = {}
 
         def collect(row: PackedRow, output: Tensor, non_loss_data: bool = True) -> Tensor:
             return output
@@ -133,27 +139,44 @@ class PolicyWorker:
         context = self._reference_weights() if which == "reference" else contextlib.nullcontext()
         with context, torch.no_grad():
             outputs = self._run(rows, collect, forward_only=True)
+        found: dict[int, NDArray[np.float32]] = {}
         if self._reports:
             for row, output in zip(rows, outputs, strict=True):
-                parts = output.float().cpu().split(list(row.sample_lengths), dim=1)
+                parts = _whole_row(row, output.float()).cpu().split(row.sample_lengths, dim=1)
                 for sample, part in zip(row.sample_ids, parts, strict=True):
                     found[sample] = part.numpy()
-        return found
+        return found if parallel_state.get_context_parallel_rank() == 0 else {}
 
     @property
     def _reports(self) -> bool:
+        """Whether this rank holds results: last stage, first tensor-parallel rank."""
         return bool(
             parallel_state.is_pipeline_last_stage(ignore_virtual=True)
             and parallel_state.get_tensor_model_parallel_rank() == 0
         )
 
     def _rows(self, batch: TrainingBatch, groups: range) -> list[PackedRow]:
-        """The packed rows of these groups that this data-parallel rank computes."""
-        ranks = parallel_state.get_data_parallel_world_size()
-        items = batch.items(groups, self.policy.shared_prompts)
-        plan = plan_rows(items, self.policy.tokens_per_microbatch, ranks)
-        mine = plan[parallel_state.get_data_parallel_rank()]
-        return [build_row([items[i] for i in row], batch.temperature) for row in mine]
+        """The packed rows of these groups that this rank takes part in."""
+        policy = self.policy
+        items = batch.items(groups, policy.shared_prompts)
+        plan = plan_rows(
+            items,
+            policy.tokens_per_microbatch,
+            parallel_state.get_data_parallel_world_size(),
+            # The interleaved schedule needs a row for each pipeline rank.
+            policy.pipeline_parallel if policy.virtual_pipeline > 1 else 1,
+        )
+        multiple = policy.tensor_parallel if policy.sequence_parallel else 1
+        ranks = policy.context_parallel
+        if ranks > 1:
+            multiple *= 2 * ranks
+        rank = parallel_state.get_context_parallel_rank()
+        return [
+            context_share(
+                build_row([items[i] for i in row], batch.temperature, multiple), rank, ranks
+            )
+            for row in plan[parallel_state.get_data_parallel_rank()]
+        ]
 
     def _run(self, rows: list[PackedRow], loss: Any, forward_only: bool) -> list[Any]:
         """Megatron's schedule over the rows; what `loss` returned for each, on the last stage."""
@@ -168,10 +191,13 @@ class PolicyWorker:
             )
             return output, partial(loss, row)
 
+        self.config.microbatch_group_size_per_vp_stage = interleaved_group(
+            len(rows), self.policy.pipeline_parallel
+        )
         found: list[Any] = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(rows),
-            model=[self.ddp],
+            data_iterator=[iter(rows) for _ in self.chunks],
+            model=self.ddp,
             num_microbatches=len(rows),
             seq_length=max(row.tokens for row in rows),
             micro_batch_size=1,
@@ -199,21 +225,25 @@ class PolicyWorker:
             if not skipped:
                 self.optimizer.step()
             records.append({**sums, "grad_norm": norm, "skipped": float(skipped)})
-        self.ddp.zero_grad_buffer()
+        self._zero_grad()
         return records
 
     def gradient_norm(self, batch: TrainingBatch, settings: StepSettings) -> float:
         """Global gradient norm of the whole batch as one minibatch; nothing is updated."""
         _, norm = self.gradient(batch, range(len(batch.groups)), settings)
-        self.ddp.zero_grad_buffer()
+        self._zero_grad()
         return norm
+
+    def _zero_grad(self) -> None:
+        for chunk in self.ddp:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
 
     def gradient(
         self, batch: TrainingBatch, groups: range, settings: StepSettings
     ) -> tuple[dict[str, float], float]:
         """Gradients of one minibatch into the optimizer; figures and the global norm."""
-        self.ddp.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        self._zero_grad()
         rows = self._rows(batch, groups)
         outputs = self._run(rows, partial(self._loss, batch, settings), forward_only=False)
         self.optimizer.prepare_grads()
@@ -228,12 +258,14 @@ class PolicyWorker:
     def _loss(
         self, batch: TrainingBatch, settings: StepSettings, row: PackedRow, output: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Sum over the row's response tokens of clipped loss x importance weight + beta x KL.
+        """Sum, over the response tokens held here, of clipped loss x importance weight + beta x KL.
 
-        Megatron divides the gradients by the token count summed over micro-batches and
-        data-parallel ranks: the exact mean over the minibatch's tokens, however it is split.
+        Megatron divides the gradients by the token count summed over micro-batches, context-
+        and data-parallel ranks: the exact mean over the minibatch's tokens, however it is split.
         """
         logprobs, entropy = output[0], output[1].detach()
+        if not row.sample_ids:
+            return output.sum(), torch.tensor(0, dtype=torch.int, device=self.device), {}
         old, reference, engine = (
             _flat(figures, row, self.device)
             for figures in (batch.old_logprobs, batch.reference_logprobs, batch.engine_logprobs)
@@ -244,6 +276,19 @@ class PolicyWorker:
             [batch.advantages[s] for s in row.sample_ids], device=self.device, dtype=torch.float32
         )[sequence]
         algorithm = self.recipe.algorithm
+        # From whole responses, whoever holds their tokens: a geometric mean needs all of one.
+        importance = importance_weights(
+            old,
+            engine,
+            sequence,
+            algorithm.importance.method,
+            algorithm.importance.low,
+            algorithm.importance.high,
+        ).weights
+        held = row.target_index.to(self.device)
+        old, reference, advantages, importance = (
+            x[held] for x in (old, reference, advantages, importance)
+        )
         policy = clipped_policy_loss(
             logprobs,
             old,
@@ -252,14 +297,6 @@ class PolicyWorker:
             settings.clip_high,
             algorithm.dual_clip,
         )
-        importance = importance_weights(
-            old,
-            engine,
-            sequence,
-            algorithm.importance.method,
-            algorithm.importance.low,
-            algorithm.importance.high,
-        )
         kl = kl_estimate(
             logprobs,
             reference,
@@ -267,7 +304,7 @@ class PolicyWorker:
             algorithm.kl.input_clamp,
             algorithm.kl.output_clamp,
         )
-        weighted = policy.per_token * importance.weights
+        weighted = policy.per_token * importance
         loss = (weighted + algorithm.kl.coefficient * kl).sum()
         figures = {
             "tokens": torch.tensor(float(logprobs.numel())),
@@ -286,7 +323,7 @@ class PolicyWorker:
     @contextlib.contextmanager
     def _reference_weights(self) -> Iterator[None]:
         """The reference's weights in the model's place, and the policy's back afterwards."""
-        parameters = list(self.model.parameters())
+        parameters = self._parameters()
         policy = [p.detach().clone() for p in parameters]
         try:
             _copy(self.reference, parameters)
@@ -296,7 +333,7 @@ class PolicyWorker:
 
     def reset_reference(self) -> None:
         """The reference becomes the current policy. The optimizer is not touched."""
-        _copy(list(self.model.parameters()), self.reference)
+        _copy(self._parameters(), self.reference)
 
     def clear_optimizer(self) -> None:
         """Forget Adam's moments and step count (the rule of ProRL v1)."""
@@ -305,13 +342,14 @@ class PolicyWorker:
     # ---- weights and checkpoints ----------------------------------------------------------
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, whole tensor) of this rank's stage; see hf_weights."""
-        yield from hf_weights.export_weights(
-            self.model,
-            layer_offset(self.model),
-            weight_shape(self.spec, self.policy),
-            parallel_state.get_tensor_model_parallel_group(),
-        )
+        """(Hugging Face name, whole tensor) of this rank's stages; see hf_weights."""
+        for chunk in self.chunks:
+            yield from hf_weights.export_weights(
+                chunk,
+                layer_offset(chunk),
+                weight_shape(self.spec, self.policy),
+                parallel_state.get_tensor_model_parallel_group(),
+            )
 
     def weight_checksums(self, dtype: str) -> dict[str, str]:
         """Checksum of each exported weight as an engine of type `dtype` holds it."""
@@ -323,33 +361,55 @@ class PolicyWorker:
     def publishes(self) -> bool:
         """Whether this rank's exported weights are the ones to use (one rank for each stage)."""
         return (
-            parallel_state.get_data_parallel_rank() == 0
+            parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
             and parallel_state.get_tensor_model_parallel_rank() == 0
         )
 
     def save(self, folder: Path) -> None:
         """Write policy, optimizer and reference as a sharded checkpoint into `folder`."""
-        checkpoint.save(folder, self.model, self.optimizer, self.reference)
+        checkpoint.save(folder, self.chunks, self.optimizer, self.reference)
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote, in this or another layout."""
-        checkpoint.load(folder, self.model, self.optimizer, self.reference)
+        checkpoint.load(folder, self.chunks, self.optimizer, self.reference)
 
 
-def plan_rows(items: list[TrainingItem], budget: int, ranks: int) -> list[list[list[int]]]:
-    """For each data-parallel rank, its rows as lists of item indices; none is left without.
+def plan_rows(
+    items: list[TrainingItem], budget: int, ranks: int, rows_per_rank: int = 1
+) -> list[list[list[int]]]:
+    """For each data-parallel rank, its rows as lists of item indices.
 
-    A rank without a row would leave the others waiting in the gradient reduction, so the
-    budget is halved until there are enough rows.
+    The budget is halved until every rank has `rows_per_rank` rows, or every item one. Ranks
+    that then still lack rows get empty ones: a rank that takes no part would leave the others
+    waiting in a collective.
     """
-    if len(items) < ranks:
-        raise ValueError(f"{len(items)} sequences cannot be dealt to {ranks} data-parallel ranks")
     rows = pack(items, budget)
-    while len(rows) < ranks:
+    while len(rows) < min(ranks * rows_per_rank, len(items)):
         budget //= 2
         rows = pack(items, max(budget, 1))
     costs = [sum(items[i].tokens for i in row) for row in rows]
-    return [[rows[r] for r in share] for share in split_over_ranks(costs, ranks)]
+    plan = [[rows[r] for r in share] for share in split_over_ranks(costs, ranks)]
+    return [share + [[]] * (rows_per_rank - len(share)) for share in plan]
+
+
+def interleaved_group(rows: int, stages: int) -> int:
+    """Rows an interleaved schedule computes with one chunk before it turns to the next.
+
+    The fewest, from `stages` up, that leave no last group smaller than `stages`: Megatron-Core
+    refuses such a group, which would wait for itself.
+    """
+    sizes = range(stages, rows + 1)
+    return next((size for size in sizes if not 0 < rows % size < stages), stages)
+
+
+def _whole_row(row: PackedRow, held: Tensor) -> Tensor:
+    """[2, held targets] of each context-parallel rank -> [2, targets] of the row, on all."""
+    if len(row.pieces) == 1:
+        return held
+    whole = held.new_zeros(2, sum(row.sample_lengths))
+    whole[:, row.target_index.to(held.device)] = held
+    dist.all_reduce(whole, group=parallel_state.get_context_parallel_group())
+    return whole
 
 
 def _flat(

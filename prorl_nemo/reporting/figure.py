@@ -1,4 +1,4 @@
-"""Validation curves of one or several runs as an SVG: `python -m prorl_nemo.reporting.figure RUN...`
+"""Validation curves of some runs as an SVG: `python -m prorl_nemo.reporting.figure RUN...`
 
 Our choice: written by hand, so that a README gets a small file that follows the
 reader's light or dark theme. The band is two standard errors each side: of the
@@ -120,8 +120,10 @@ def write_figure(run_dirs: Sequence[Path], out: Path, title: str = "") -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m prorl_nemo.reporting.figure", description=(
-        "Draw validation curves of one or several runs."))  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m prorl_nemo.reporting.figure",
+        description=("Draw validation curves of one or several runs."),
+    )
     parser.add_argument("run_dirs", metavar="RUN", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="the SVG file to write")
     parser.add_argument("--title", default="")

@@ -143,8 +143,10 @@ def summary(run: Run) -> dict[str, Any]:
     """The figures of the summary cards. `seconds` is the time of the steps and validations the
     run kept; work lost to a crash and done again counts once."""
     state, reason = _state(run)
-    times = [*(row.get("time/step") for row in run.train),
-             *(row.get("time/validate") for row in run.validation)]  # fmt: skip
+    times = [
+        *(row.get("time/step") for row in run.train),
+        *(row.get("time/validate") for row in run.validation),
+    ]
     return {
         "state": state,
         "reason": reason,
@@ -224,8 +226,12 @@ def _total(run: Run, key: str) -> float:
 
 
 def _state(run: Run) -> tuple[str, str]:
-    states = {"run_started": "running", "resumed": "running",
-              "stopped": "stopped", "finished": "finished"}  # fmt: skip
+    states = {
+        "run_started": "running",
+        "resumed": "running",
+        "stopped": "stopped",
+        "finished": "finished",
+    }
     for event in reversed(run.events):
         if event.get("event") in states:
             return states[event["event"]], str(event.get("reason", ""))

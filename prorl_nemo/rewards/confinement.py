@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 
-from prorl_nemo.rewards.sandbox import inside, landlock, seccomp
+from prorl_nemo.rewards.sandbox import inside, seccomp
 
 _active = False
 
@@ -30,8 +30,8 @@ def enter() -> None:
     global _active
     inside.drop_capabilities()
     # Without Landlock files stay readable; seccomp still keeps everything else away.
-    if landlock.version() > 0:
-        landlock.restrict_to(_readable())
+    if inside.landlock_version() > 0:
+        inside.see_only(_readable())
     inside.install_filter(seccomp.build(threads=False, programs=False))
     _active = True
 

@@ -12,10 +12,10 @@ from fractions import Fraction
 
 _UNICODE = str.maketrans(
     {
-        **{"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi "},
+        **{"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi "},  # noqa: RUF001
         **{"√": r"\sqrt ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne "},
-        **{"∪": r"\cup ", "∩": r"\cap ", "°": r"^\circ", "θ": r"\theta ", "±": r"\pm "},
-        **{"²": "^2", "³": "^3", "½": r"\frac{1}{2}", "\u00a0": " ", "％": "%"},
+        **{"∪": r"\cup ", "∩": r"\cap ", "°": r"^\circ", "θ": r"\theta ", "±": r"\pm "},  # noqa: RUF001
+        **{"²": "^2", "³": "^3", "½": r"\frac{1}{2}", "\u00a0": " ", "％": "%"},  # noqa: RUF001
     }
 )
 _END = r"(?![a-zA-Z])"

@@ -9,6 +9,7 @@ when the answer first passes a gate: a literal, or arithmetic with small exponen
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import math
 import re
@@ -210,4 +211,4 @@ def _scorer(task: str, config: str) -> Any:
 
 def warm_up() -> None:
     """Import the library, in the process that workers are forked from."""
-    import reasoning_gym
+    importlib.import_module("reasoning_gym")

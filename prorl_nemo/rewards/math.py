@@ -20,6 +20,7 @@ from prorl_nemo.rewards.verdict import GradingError, Verdict, zero
 
 # Gold answers of MATH, AMC, AIME and Olympiad sets stay far below.
 MAX_ANSWER = 400
+_MAX_DEPTH = 15  # math-verify's grammar takes seconds on deep nests
 _DECIMALS = 10
 _BASE = re.compile(r"_\{?(\d+)\}?$")
 # Computing these can hang; an answer that leaves them uncomputed is not an answer.
@@ -104,10 +105,19 @@ def _same(gold: str, answer: str) -> bool | None:
 
 def hostile(answer: str) -> bool:
     """Whether computing the answer could take very long or much memory."""
-    return any(
+    return _depth(answer) > _MAX_DEPTH or any(
         pattern.search(answer)
         for pattern in (_UNFINISHED, _LONG_EXPONENT, _TOWER, _LONG_FACTORIAL, _LONG_BINOMIAL)
     )
+
+
+def _depth(text: str) -> int:
+    """How deeply brackets are nested, unclosed ones included."""
+    depth = deepest = 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _math_verify(gold: str, answer: str) -> bool:
@@ -135,9 +145,7 @@ def _parse(latex: str) -> list[Any]:
     from math_verify import LatexExtractionConfig, parse
 
     config = [LatexExtractionConfig(boxed_match_priority=0)]
-    parsed: list[Any] = parse(
-        rf"\boxed{{{latex}}}", extraction_config=config, parsing_timeout=None
-    )
+    parsed: list[Any] = parse(rf"\boxed{{{latex}}}", extraction_config=config, parsing_timeout=None)
     return parsed
 
 

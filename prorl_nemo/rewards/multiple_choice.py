@@ -10,12 +10,13 @@ import re
 from typing import Any
 
 from prorl_nemo.rewards.extraction import final_part, last_box
-from prorl_nemo.rewards.latex_text import canonical
 from prorl_nemo.rewards.math import accepted_by
 from prorl_nemo.rewards.verdict import GradingError, Verdict, zero
 
 _WRAPPED = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
-_LETTER = re.compile(r"(?:(?:option|choice|answer)\s*:?\s*)?[(\[]?([A-Za-z])[)\]]?(?:[.):].*)?", re.S)
+_LETTER = re.compile(
+    r"(?:(?:[Oo]ption|[Cc]hoice|[Aa]nswer)\s*:?\s*)?[(\[]?([A-Za-z])[)\]]?(?:[.):].*)?", re.DOTALL
+)
 MAX_ANSWER = 1000
 
 
@@ -45,9 +46,6 @@ def grade(grading: dict[str, Any], text: str, training: bool = True) -> Verdict:
 def chosen_letter(answer: str, choices: list[str]) -> str | None:
     """The letter that the content of a box names, upper case, or None."""
     plain = _WRAPPED.sub(r"\1", answer).replace("$", "").strip().rstrip(".")
-    named = [i for i, choice in enumerate(choices) if canonical(choice) == canonical(answer)]
-    if len(named) == 1:
-        return chr(ord("A") + named[0])
     letter = _LETTER.fullmatch(plain)
     if letter:
         return letter[1].upper()
@@ -56,9 +54,9 @@ def chosen_letter(answer: str, choices: list[str]) -> str | None:
 
 
 def _same_text(choice: str, answer: str) -> bool:
-    if " ".join(choice.lower().split()) == " ".join(answer.lower().split()):
-        return True
-    return accepted_by(choice, answer) is not None
+    return " ".join(choice.lower().split()) == " ".join(answer.lower().split()) or bool(
+        accepted_by(choice, answer)
+    )
 
 
 def _record(grading: dict[str, Any]) -> tuple[str, list[str]]:

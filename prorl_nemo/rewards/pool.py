@@ -23,6 +23,7 @@ from typing import Any
 
 from prorl_nemo.errors import UserError
 from prorl_nemo.rewards.registry import kind_of
+from prorl_nemo.rewards.sandbox import SANDBOX_VARIABLE
 from prorl_nemo.rewards.verdict import GradingError, Verdict, zero
 from prorl_nemo.rewards.worker import receive_frame, send_frame
 
@@ -53,6 +54,7 @@ class GraderPool:
         memory_mib: memory one worker may take beyond its imports.
         recycle_after: gradings after which a worker is replaced, against slow leaks.
         preload: kinds to import at the start; others are imported when first seen.
+        sandbox: where code runs: auto, bubblewrap, landlock, or none (no isolation).
 
     Use as a context manager or call `close`. Any thread may submit.
     """
@@ -66,6 +68,7 @@ class GraderPool:
         memory_mib: int = 2048,
         recycle_after: int = 5000,
         preload: Sequence[str] = (),
+        sandbox: str = "auto",
     ) -> None:
         if workers < 1:
             raise UserError(f"workers: {workers} graders cannot grade; use 1 or more")
@@ -73,7 +76,7 @@ class GraderPool:
             raise UserError("hard_limit_s must exceed soft_limit_s, and both must exceed 0")
         self.soft_limit_s = soft_limit_s
         self.hard_limit_s = hard_limit_s
-        self._template = _Template(memory_mib << 20, recycle_after)
+        self._template = _Template(memory_mib << 20, recycle_after, sandbox)
         self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._pending: dict[str, Future[Verdict]] = {}
         self._lock = threading.Lock()
@@ -295,8 +298,9 @@ class _Template:
     Started again, with its imports, when something outside ended it.
     """
 
-    def __init__(self, memory_bytes: int, recycle_after: int) -> None:
+    def __init__(self, memory_bytes: int, recycle_after: int, sandbox: str) -> None:
         self.generation = 0
+        self._sandbox = sandbox
         self._limits = {"memory_bytes": memory_bytes, "recycle_after": recycle_after}
         self._loaded: list[str] = []
         self._lock = threading.Lock()
@@ -361,6 +365,7 @@ class _Template:
         # The trainer's environment holds credentials and settings that are nobody's business.
         environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
         environment |= {"OPENBLAS_NUM_THREADS": "1", "MPLBACKEND": "agg", "LC_ALL": "C.UTF-8"}
+        environment[SANDBOX_VARIABLE] = self._sandbox
         path = [entry or os.getcwd() for entry in sys.path]
         with theirs:
             self._process = subprocess.Popen(

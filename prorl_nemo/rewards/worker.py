@@ -149,8 +149,8 @@ def _worker_main(descriptor: int, settings: dict[str, Any]) -> None:
             os.dup2(null, stream)
         sock = socket.socket(fileno=descriptor)
         try:
-            _limit_memory(settings["memory_bytes"])
             if settings["confined"]:
+                _limit_memory(settings["memory_bytes"])
                 confinement.enter()
         except Exception as error:
             send_frame(sock, {"unfit": f"{type(error).__name__}: {error}"})
@@ -186,6 +186,8 @@ def _serve(sock: socket.socket, settings: dict[str, Any]) -> None:
 
 def _grade(request: dict[str, Any]) -> tuple[dict[str, Any], bool]:
     """The answer to a request, and whether this process may go on."""
+    global _timed_out
+    _timed_out = False
     try:
         try:
             # Repeated, because a bare `except:` in a library may catch the first one.
@@ -193,6 +195,8 @@ def _grade(request: dict[str, Any]) -> tuple[dict[str, Any], bool]:
             verdict = grade(request["grading"], request["text"], training=request["training"])
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
+        if _timed_out:  # a library's bare `except:` took it for a wrong answer
+            raise SoftTimeout
         answer = {"score": verdict.score, "parts": verdict.parts, "reason": verdict.reason}
         json.dumps(answer)
         return answer, True
@@ -215,5 +219,10 @@ def _grade(request: dict[str, Any]) -> tuple[dict[str, Any], bool]:
         return {"score": 0.0, "reason": reason[:300]}, False
 
 
+_timed_out = False
+
+
 def _raise_soft_timeout(signum: int, frame: object) -> None:
+    global _timed_out
+    _timed_out = True
     raise SoftTimeout

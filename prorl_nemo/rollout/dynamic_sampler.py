@@ -1,4 +1,4 @@
-"""Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2; ProRL): a full batch of groups with signal.
+"""Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): a full batch of groups with signal.
 
 The batch is the first B groups with signal in the order their prompts were drawn. Taking them in
 the order they finish would prefer short responses: a long group in flight when the batch fills
@@ -9,8 +9,8 @@ The price is that every prompt before the B-th kept one must be decided. Two thi
 and neither looks at lengths:
 * A group that shows two different scores is certain to be kept. Once B groups are kept or certain,
   no prompt behind the last of them can enter the batch, and its work is stopped at once.
-* Prompts are started as the expected number of kept groups requires (`keep_rate`), with a margin
-  for chance, so that few are started in vain.
+* Prompts are started as the expected number of kept groups requires (`keep_rate`), which is known
+  better with every score. A margin for chance was tried: more tokens in vain, hardly less time.
 
 Prompts that were started in vain go back to the head of the queue, in order, and are sampled anew
 from the next policy: every sample trained on comes from the policy it trains.
@@ -31,10 +31,6 @@ from prorl_nemo.records import Group, Prompt
 from prorl_nemo.rollout.group_collector import GroupCollector, PendingGroup, Sampling
 from prorl_nemo.rollout.keep_rate import KeepRate
 from prorl_nemo.rollout.protocol import GenerationEngine, Grader, PromptSource
-
-MARGIN_DEVIATIONS = 1.0
-"""Standard deviations above the expected need. A shortage costs a whole extra round of
-generation, a surplus only tokens: one deviation makes the first rare and the second small."""
 
 REJECTIONS_ON_CREDIT = 4
 """Kept groups granted before the limit of rejections applies. A run that keeps one group in ten,
@@ -157,7 +153,8 @@ class DynamicSampler:
                     filling.window.extend(self._collector.launch(drawn, sampling))
                 self._collector.advance()
                 self._decide(filling, max_rejected_per_kept)
-                self._stop_surplus(filling)
+                surplus = filling.cut_surplus()
+                filling.batch.wasted_tokens += self._collector.abandon(surplus)
                 self._on_progress(filling.progress(self._collector.running))
         except BaseException:
             self._collector.abandon(filling.window)
@@ -170,9 +167,7 @@ class DynamicSampler:
         batch.seconds = time.monotonic() - started
         return batch
 
-    def sample_all(
-        self, prompts: Iterable[tuple[Prompt, int]], sampling: Sampling
-    ) -> list[Group]:
+    def sample_all(self, prompts: Iterable[tuple[Prompt, int]], sampling: Sampling) -> list[Group]:
         """Every (prompt, epoch) sampled and graded, none filtered: for validation.
 
         Prompts the engine cannot serve are left out, with an event.
@@ -207,10 +202,6 @@ class DynamicSampler:
             filling.settle(group, kept)
             if not kept:
                 filling.check_limits(group, max_rejected_per_kept)
-
-    def _stop_surplus(self, filling: _Filling) -> None:
-        surplus = filling.cut_surplus()
-        filling.batch.wasted_tokens += self._collector.abandon(surplus)
 
     def _drop(self, group: PendingGroup) -> None:
         details = {"prompt_id": group.prompt.prompt_id, "reason": group.rejected}
@@ -248,21 +239,14 @@ class _Filling:
         """How many more prompts the batch will need, given those under way."""
         if self.certain >= self.missing:
             return 0
-        chances = [
+        expected = sum(
             1.0 if group.certain else keep_rate.chance(len(group.scores))
             for group in self.window
             if group.rejected is None
-        ]
-        expected = sum(chances)
-        variance = sum(p * (1 - p) for p in chances)
+        )
         # A rate below what the run tolerates would start prompts without end.
         fresh = max(keep_rate.chance(0), 1 / (1 + max_rejected_per_kept))
-        count = 0
-        while expected - MARGIN_DEVIATIONS * math.sqrt(variance) < self.missing:
-            expected += fresh
-            variance += fresh * (1 - fresh)
-            count += 1
-        return count
+        return max(0, math.ceil((self.missing - expected) / fresh))
 
     def settle(self, group: PendingGroup, kept: bool) -> None:
         """Enter a decided group into the batch and the tallies."""
@@ -279,14 +263,16 @@ class _Filling:
 
     def cut_surplus(self) -> list[PendingGroup]:
         """Take the prompts that can no longer enter the batch off the end of the window."""
-        certain = 0
-        for position, group in enumerate(self.window):
-            if certain == self.missing:
-                cut = [self.window.pop() for _ in range(len(self.window) - position)][::-1]
-                self.surplus = [(g.prompt, g.epoch) for g in cut] + self.surplus
-                return cut
-            certain += group.certain
-        return []
+        needed = self.missing
+        if self.certain < needed:
+            return []
+        keep = 0
+        while needed > 0:
+            needed -= self.window[keep].certain
+            keep += 1
+        cut = [self.window.pop() for _ in range(len(self.window) - keep)][::-1]
+        self.surplus = [(group.prompt, group.epoch) for group in cut] + self.surplus
+        return cut
 
     def check_limits(self, group: PendingGroup, max_rejected_per_kept: float) -> None:
         """Stop a run that cannot learn, after a rejection. In prompt order, so it repeats too."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -53,6 +54,7 @@ class EngineSettings:
         max_sequences: requests computed at once; more wait their turn.
         kv_cache_bytes: size of the KV cache; None on a GPU: what `gpu_memory_share` leaves.
         gpu_memory_share: share of the GPU's memory for weights and cache.
+        fp32_head: multiply by the output head in fp32, as the trainer does.
         threads: CPU threads; None: all cores.
         sleep: allow `VllmEngine.sleep`, so that a colocated trainer can have the GPU's memory.
     """
@@ -63,6 +65,7 @@ class EngineSettings:
     max_sequences: int = 256
     kv_cache_bytes: int | None = None
     gpu_memory_share: float = 0.5
+    fp32_head: bool = True
     threads: int | None = None
     sleep: bool = False
 
@@ -81,6 +84,7 @@ class EngineSettings:
             max_model_len=recipe.data.max_prompt_tokens + max(limits),
             kv_cache_bytes=cache and cache << 20,
             gpu_memory_share=rollout.gpu_memory_share,
+            fp32_head=rollout.fp32_head,
             threads=rollout.engine_threads or max(1, cores // rollout.engines),
         )
 
@@ -106,6 +110,7 @@ class EngineSettings:
 class EngineState:
     """What a fleet asks to know whether an engine lives and moves."""
 
+    host: str
     pid: int
     weight_version: int
     steps: int
@@ -179,7 +184,13 @@ class VllmEngine:
 
     @property
     def state(self) -> EngineState:
-        return EngineState(os.getpid(), self._weight_version, self._steps, len(self._internal_ids))
+        return EngineState(
+            socket.gethostname(),
+            os.getpid(),
+            self._weight_version,
+            self._steps,
+            len(self._internal_ids),
+        )
 
     # Weights
 
@@ -428,7 +439,8 @@ class VllmEngine:
             return weight_checksums(named_weights(model), dtype)
 
         with torch.inference_mode():
-            return self._llm.apply_model(compute)[0]
+            checksums: dict[str, str] = self._llm.apply_model(compute)[0]
+            return checksums
 
     def _arriving(
         self, buckets: queue.Queue[WeightBucket | None]
@@ -437,9 +449,7 @@ class VllmEngine:
             try:
                 bucket = buckets.get(timeout=BUCKET_TIMEOUT_SECONDS)
             except queue.Empty:
-                raise EngineError(
-                    f"no weights for {BUCKET_TIMEOUT_SECONDS:.0f} seconds"
-                ) from None
+                raise EngineError(f"no weights for {BUCKET_TIMEOUT_SECONDS:.0f} seconds") from None
             if bucket is None:
                 return
             yield from bucket.tensors()
@@ -465,7 +475,8 @@ class VllmEngine:
         deadline = time.monotonic() + BUCKET_TIMEOUT_SECONDS
         while not self._update.done():
             try:
-                return self._buckets.put(bucket, timeout=0.2)
+                self._buckets.put(bucket, timeout=0.2)
+                return
             except queue.Full:
                 if time.monotonic() > deadline:
                     raise EngineError("the engine takes no more weights") from None
@@ -496,6 +507,7 @@ def _engine_arguments(settings: EngineSettings) -> dict[str, Any]:
         "enable_prefix_caching": True,
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
+        "hf_overrides": {"head_dtype": "float32"} if settings.fp32_head else {},
         "seed": 0,
     }
     from vllm.platforms import current_platform

@@ -9,13 +9,16 @@ comes twice, and each is the one the dead engine would have made.
 from __future__ import annotations
 
 import itertools
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
@@ -40,7 +43,6 @@ class FleetError(RuntimeError):
     """Engines die faster than `max_restarts` allows: save the run and stop."""
 
 
-@ray.remote(concurrency_groups={"poll": 1})
 class _EngineActor:
     """A `VllmEngine` in a process of its own.
 
@@ -52,12 +54,12 @@ class _EngineActor:
         self._settings = settings
         self._engine: Future[VllmEngine] = Future()
 
-    def start(self) -> None:
+    def start(self) -> EngineState:
         try:
             self._engine.set_result(VllmEngine(self._settings))
         except BaseException as error:
             self._engine.set_exception(error)
-            raise
+        return self.state()
 
     def state(self) -> EngineState:
         return self._engine.result().state
@@ -74,17 +76,38 @@ class _EngineActor:
         return engine.poll(max_wait), engine.state
 
 
+# Ray's type stubs know no concurrency groups.
+_ENGINE: Any = ray.remote(concurrency_groups={"poll": 1})(_EngineActor)  # type: ignore[call-overload]
+
+
 @dataclass
 class _Member:
     """One place in the fleet, whichever actor fills it."""
 
     index: int
     actor: Any
-    started: Any
     requests: dict[str, GenerationRequest] = field(default_factory=dict)
     poll: Any = None
     state: EngineState | None = None
+    process: psutil.Process | None = None
     last_progress: float = field(default_factory=time.monotonic)
+
+    def note(self, state: EngineState | None) -> None:
+        """Take a report of the engine; keep its process, if it is one of this machine."""
+        self.state, self.last_progress = state, time.monotonic()
+        local = state is not None and state.host == socket.gethostname()
+        if state is not None and local and self.process is None:
+            with suppress(psutil.NoSuchProcess):
+                self.process = psutil.Process(state.pid)
+
+    def end(self) -> None:
+        """Kill the actor."""
+        ray.kill(self.actor)
+        if self.process is not None:
+            # Ray asks the process to leave, which a stopped one does not hear. psutil kills
+            # no other process that has got the same id since.
+            with suppress(psutil.NoSuchProcess):
+                self.process.kill()
 
     @property
     def load(self) -> int:
@@ -131,12 +154,8 @@ class Fleet:
         self._restart_window = restart_window
         self._restarts: deque[float] = deque()
         self._weights: tuple[int, list[Any]] | None = None
-        self._members = []
-        for index in range(count):
-            actor, started = self._spawn(index)
-            self._members.append(_Member(index, actor, started))
-        for member in self._members:
-            self._ask([member], lambda m: m.started)
+        self._members = [_Member(index, self._spawn(index)) for index in range(count)]
+        self.states()
 
     # Generation
 
@@ -190,14 +209,15 @@ class Fleet:
         """`VllmEngine.score`, the sequences dealt out to the engines."""
         self._require_idle("score")
         count = len(self._members)
-        shares = self._ask_all(
-            lambda m: m.actor.call.remote("score", sequences[m.index :: count])
-        )
+        shares = self._ask_all(lambda m: m.actor.call.remote("score", sequences[m.index :: count]))
         return [shares[i % count][i // count] for i in range(len(sequences))]
 
     def states(self) -> list[EngineState]:
         """Process, weight version and activity of every engine."""
-        return self._ask_all(lambda m: m.actor.state.remote())
+        states: list[EngineState] = self._ask_all(lambda m: m.actor.state.remote())
+        for member, state in zip(self._members, states, strict=True):
+            member.note(state)
+        return states
 
     # Weights
 
@@ -265,15 +285,16 @@ class Fleet:
     def shutdown(self) -> None:
         """End the engines' processes."""
         for member in self._members:
-            ray.kill(member.actor)
+            member.end()
         self._members = []
 
     # Faults
 
-    def _spawn(self, index: int) -> tuple[Any, Any]:
+    def _spawn(self, index: int) -> Any:
         options = {"runtime_env": {"env_vars": self.settings.environment()}, "max_restarts": 0}
-        actor = _EngineActor.options(**(options | self._options[index])).remote(self.settings)
-        return actor, actor.start.remote()
+        actor = _ENGINE.options(**(options | self._options[index])).remote(self.settings)
+        actor.start.remote()
+        return actor
 
     def _ask_all(self, call: Callable[[_Member], Any]) -> list[Any]:
         """One answer per engine; an engine that dies over it is asked again once replaced."""
@@ -311,7 +332,7 @@ class Fleet:
             self._replace(member, f"failed: {error.cause!r}")
             return []
         if state != member.state or results:
-            member.state, member.last_progress = state, time.monotonic()
+            member.note(state)
         # A response is passed on once, and only while somebody wants it.
         return [r for r in results if member.requests.pop(r.request_id, None) is not None]
 
@@ -331,9 +352,9 @@ class Fleet:
                 f"engine {member.index} {reason}; {len(self._restarts)} engine failures within "
                 f"{self._restart_window:.0f} seconds"
             )
-        ray.kill(member.actor)
-        member.actor, member.started = self._spawn(member.index)
-        member.poll, member.state, member.last_progress = None, None, now
+        member.end()
+        member.actor = self._spawn(member.index)
+        member.poll, member.state, member.process, member.last_progress = None, None, None, now
         if self._weights is not None:
             version, references = self._weights
             member.actor.call.remote("begin_update", version)

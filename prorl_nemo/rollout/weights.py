@@ -73,7 +73,7 @@ def tensor_checksum(tensor: torch.Tensor, dtype: torch.dtype) -> str:
     value = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
     value = torch.where(value.abs() < torch.finfo(dtype).tiny, torch.zeros_like(value), value)
     digest = hashlib.blake2b(repr(tuple(value.shape)).encode(), digest_size=16)
-    digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

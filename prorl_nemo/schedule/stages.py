@@ -1,7 +1,7 @@
 """Which stage of the recipe a step belongs to, and whether the length penalty is on.
 
-ProRL is trained in stages (arXiv 2505.24864, appendix: eight runs that change context length,
-samples per prompt and data), and ProRL v2 switches its cosine length penalty on and off in
+ProRL is trained in stages (arXiv 2505.24864: eight runs, one after another, that change context
+length, samples per prompt and data), and ProRL v2 switches its cosine length penalty on and off in
 cycles, e.g. 100 steps on and 500 off. Steps are rollout steps, counted from 1.
 """
 

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from typing import Any
 
 from rich.columns import Columns
@@ -103,7 +104,7 @@ class LiveView:
         self._spinner = Spinner("dots")
         self._live = (
             Live(get_renderable=self._render, console=self._console, refresh_per_second=4)
-            if self._console.is_terminal
+            if self._can_draw()
             else None
         )
 
@@ -117,14 +118,14 @@ class LiveView:
             self._live.stop()
 
     def history(self, rows: Iterable[Row]) -> None:
-        """Take in the metrics rows of an earlier session, so that curves and times go on."""
+        """Take in the metrics rows from before a restart, so that curves and times go on."""
         for row in rows:
             with self._lock:
                 if row.get("kind") == "validation":
                     self._take_validation(row)
                 else:
                     self._take_step(row)
-        self._step_ends.clear()  # the pause between sessions is not the time of a step
+        self._step_ends.clear()  # the pause of a restart is not the time of a step
 
     def phase(self, name: str, total: float | None = None) -> None:
         """A phase begins; `total` is what `progress` counts towards, if it is known."""
@@ -196,9 +197,16 @@ class LiveView:
     def _say(self, line: str) -> None:
         if self._live:
             return
+        file = self._console.file
+        encoding = getattr(file, "encoding", None) or "utf-8"
         # A closed pipe or a full disk under the log file must not end the run.
         with suppress(OSError, ValueError):
-            print(line, file=self._console.file, flush=True)
+            print(line.encode(encoding, "replace").decode(encoding), file=file, flush=True)
+
+    def _can_draw(self) -> bool:
+        console = self._console
+        able = console.is_terminal and not console.is_dumb_terminal
+        return able and console.encoding.startswith("utf")
 
     def _place(self, row: Row) -> str:
         return f"{_show(row, 'step', 'd')}/{self._total}"
@@ -231,14 +239,20 @@ class LiveView:
                 parts += [self._figures(), Text(), self._times(), Text()]
             parts += [curve for curve in (self._reward_curve(), self._validation_curve()) if curve]
             parts += [Text()] if self._events else []
-            parts += [Text(line, style="dim", overflow="ellipsis", no_wrap=True)
-                      for line in self._events]  # fmt: skip
+            parts += [
+                Text(line, style="dim", overflow="ellipsis", no_wrap=True) for line in self._events
+            ]
         title = Text.assemble((f" {self._name} ", "bold"), (f"{self._model} ", "dim"))
         hint = Text(f" {STOP_HINT} ", style="dim")
         return Panel(
-            Group(*parts), title=title, title_align="left", subtitle=hint, subtitle_align="left",
-            border_style="cyan", padding=(0, 2),
-        )  # fmt: skip
+            Group(*parts),
+            title=title,
+            title_align="left",
+            subtitle=hint,
+            subtitle_align="left",
+            border_style="cyan",
+            padding=(0, 2),
+        )
 
     def _header(self) -> RenderableType:
         elapsed = time.monotonic() - self._started
@@ -332,9 +346,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
     if count < 1:
         return ""
     edges = [round(i * len(values) / count) for i in range(count + 1)]
-    means = [
-        sum(values[a:b]) / (b - a) for a, b in zip(edges[:-1], edges[1:], strict=True)
-    ]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
     low, high = min(means), max(means)
     blocks = "▁▂▃▄▅▆▇█"
     if high == low:
@@ -358,9 +370,12 @@ def _bar(done: float, total: float, style: str, width: int | None = None) -> Ren
 
 def _curve(label: str, values: Sequence[float], ends: str, style: str) -> RenderableType:
     return Text.assemble(
-        (f"{label:<12}", "dim"), (sparkline(values, 32), style), f"  {ends}",
-        no_wrap=True, overflow="ellipsis",
-    )  # fmt: skip
+        (f"{label:<12}", "dim"),
+        (sparkline(values, 32), style),
+        f"  {ends}",
+        no_wrap=True,
+        overflow="ellipsis",
+    )
 
 
 def _stage(row: Row) -> str:

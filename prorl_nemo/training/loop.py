@@ -70,6 +70,7 @@ class Trainer:
         )
         self.times: dict[str, float] = {}
         self.skipped_in_a_row = 0
+        self.updating = False
 
     # ---- the run --------------------------------------------------------------------------
 
@@ -115,6 +116,7 @@ class Trainer:
             minibatches=self.recipe.algorithm.minibatches,
         )
         self.log.samples(step, step_metrics.sample_rows(step, rollout, outcome))
+        self.updating = True
         records = self._update(batch, settings) if batch.groups else []
         self.step = step
 
@@ -127,6 +129,7 @@ class Trainer:
         self.times["step"] = time.monotonic() - started
         row |= step_metrics.time_figures(self.times, rollout, batch)
         self.view.step(self.log.metrics(row))
+        self.updating = False
         self.times.pop("checkpoint")
         if step % self.recipe.checkpoint.interval == 0 or step == self.stages.total_steps:
             self.save()
@@ -269,7 +272,9 @@ class Trainer:
         self.view.progress(
             progress.kept + progress.certain, f"{rejected}{progress.samples_running} running"
         )
-        self._check_stop()
+        # A step whose updates are done must be finished, or its figures would be lost.
+        if not self.updating:
+            self._check_stop()
 
     def _check_stop(self) -> None:
         reason = self.should_stop()

@@ -1,40 +1,24 @@
-"""Everything that can be refused before a worker starts: layout, precision, memory, run directory."""
+"""What this machine and this model cannot do, said before a worker starts.
+
+Precision, context, memory and disk are looked at here, the layout in
+`megatron.layout`, the recipe itself in `recipe`.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from pathlib import Path
-from typing import Any
 
-import psutil
-import yaml
-
-from prorl_nemo.errors import RecipeError, UserError
+from prorl_nemo.errors import RecipeError
 from prorl_nemo.megatron.layout import ModelSpec, check_layout, read_model_spec
-from prorl_nemo.recipe import Recipe, parse_recipe
-
-# Settings that may differ on resume: they change where and how fast, not what is computed.
-RESUMABLE = (
-    "runs_dir",
-    "policy.tensor_parallel",
-    "policy.pipeline_parallel",
-    "policy.data_parallel",
-    "policy.threads",
-    "policy.tokens_per_microbatch",
-    "policy.shared_prompts",
-    "policy.recompute",
-    "rollout.engines",
-    "rollout.engine_threads",
-    "rollout.kv_cache_mib",
-    "rollout.gpu_memory_share",
-    "rollout.max_rejected_per_kept",
-    "checkpoint.interval",
-    "checkpoint.keep_last",
-)
+from prorl_nemo.recipe import Recipe
+from prorl_nemo.training.host_memory import available_bytes
 
 # Beyond the model: Python, torch, Ray and vLLM of each process (measured: 0.7 to 1.1 GiB).
 _PROCESS_BYTES = 1 << 30
+_KV_CACHE_MIB = 512  # of an engine on CPU when the recipe does not say
 
 
 def check_resources(recipe: Recipe, folder: Path) -> ModelSpec:
@@ -48,6 +32,7 @@ def check_resources(recipe: Recipe, folder: Path) -> ModelSpec:
     _check_precision(recipe)
     _check_context(recipe, spec)
     _check_memory(recipe, spec)
+    _check_disk(recipe, spec)
     return spec
 
 
@@ -74,23 +59,37 @@ def _check_context(recipe: Recipe, spec: ModelSpec) -> None:
 
 def required_bytes(recipe: Recipe, spec: ModelSpec) -> int:
     """Host memory of a CPU run: weights, gradients, Adam, reference, engines, processes."""
-    weight = 2 if recipe.policy.precision == "bf16" else 4
-    engine_weight = 2 if (recipe.rollout.precision or recipe.policy.precision) == "bf16" else 4
+    weight = _weight_bytes(recipe.policy.precision)
+    engine_weight = _weight_bytes(recipe.rollout.precision or recipe.policy.precision)
     # Per parameter: weight, a copy while the reference is swapped in, the reference, the fp32
     # gradient, and in the distributed optimizer two fp32 moments (and fp32 weights for bf16).
     replicated = (3 * weight + 4) * recipe.policy.data_parallel
     sharded = 8 + (4 if weight == 2 else 0)
     # An engine holds its weights twice while it loads them, and the last buckets are kept.
     engines = (2 * recipe.rollout.engines + 1) * engine_weight
-    cache = (recipe.rollout.kv_cache_mib or 512) * recipe.rollout.engines << 20
+    cache = (recipe.rollout.kv_cache_mib or _KV_CACHE_MIB) * recipe.rollout.engines << 20
     processes = (recipe.policy.ranks + recipe.rollout.engines + 1) * _PROCESS_BYTES
     return spec.parameters * (replicated + sharded + engines) + cache + processes
 
 
+def checkpoint_bytes(recipe: Recipe, spec: ModelSpec) -> int:
+    """Disk of one checkpoint: policy and reference, and in fp32 main weights and two moments."""
+    return spec.parameters * (2 * _weight_bytes(recipe.policy.precision) + 12)
+
+
+def _weight_bytes(precision: str) -> int:
+    return 2 if precision == "bf16" else 4
+
+
+def gpu_present() -> bool:
+    """Whether this machine has an NVIDIA GPU. Does not import torch, which takes seconds."""
+    return any(Path("/dev").glob("nvidia[0-9]*"))
+
+
 def _check_memory(recipe: Recipe, spec: ModelSpec) -> None:
-    if importlib.util.find_spec("torch.cuda") and _gpu_present():
+    if gpu_present():
         return
-    needed, available = required_bytes(recipe, spec), psutil.virtual_memory().available
+    needed, available = required_bytes(recipe, spec), available_bytes()
     if needed > available:
         raise RecipeError(
             f"model: about {needed / 2**30:.1f} GiB of memory are needed for "
@@ -99,53 +98,19 @@ def _check_memory(recipe: Recipe, spec: ModelSpec) -> None:
         )
 
 
-def _gpu_present() -> bool:
-    return any(Path("/dev").glob("nvidia[0-9]*"))
-
-
-def prepare_run_dir(recipe: Recipe) -> dict[str, Any]:
-    """Make the run directory, or check that it belongs to this recipe.
-
-    Returns:
-        settings that changed since the run began, {key: [before, now]}; all of them RESUMABLE.
-
-    Raises:
-        UserError: not writable, or begun with another recipe.
-    """
-    run_dir = recipe.run_dir
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        probe = run_dir / f".probe-{os.getpid()}"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"runs_dir: {run_dir} cannot be written ({error.strerror}); choose another with "
-            "runs_dir=DIR"
-        ) from None
-    path = run_dir / "recipe.yaml"
-    resolved = recipe.model_dump(mode="json")
-    if not path.exists():
-        path.write_text(yaml.safe_dump(resolved, sort_keys=False))
-        return {}
-    before = parse_recipe(yaml.safe_load(path.read_text()), str(path)).model_dump(mode="json")
-    changes = differences(before, resolved)
-    refused = {key: pair for key, pair in changes.items() if key not in RESUMABLE}
-    if refused:
-        lines = [f"{key}: {old!r} there, {new!r} now" for key, (old, new) in refused.items()]
-        raise UserError(
-            f"name: {run_dir} was begun with another recipe; give this one another name, or "
-            "delete that folder\n  " + "\n  ".join(lines[:10])
+def _check_disk(recipe: Recipe, spec: ModelSpec) -> None:
+    """A full disk would end the run at a checkpoint, hours from here."""
+    written = -(-recipe.total_steps // recipe.checkpoint.interval)
+    # While one is written, those to keep are there still.
+    most = min(written, recipe.checkpoint.keep_last + 1)
+    there = len(list((recipe.run_dir / "checkpoints").glob("step_*")))
+    needed = max(0, most - there) * checkpoint_bytes(recipe, spec)
+    # os.path, because Path.is_dir raises where a parent may not be read.
+    folder = next(f for f in recipe.run_dir.absolute().parents if os.path.isdir(f))
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise RecipeError(
+            f"checkpoint.keep_last: about {needed / 2**30:.1f} GiB of disk are needed for "
+            f"{most - there} checkpoints, {free / 2**30:.1f} GiB are free in {folder}; keep fewer, "
+            "or choose another disk with runs_dir=DIR"
         )
-    return changes
-
-
-def differences(before: Any, now: Any, prefix: str = "") -> dict[str, list[Any]]:
-    """Keys whose values differ, as {dotted key: [before, now]}; lists are compared whole."""
-    if not (isinstance(before, dict) and isinstance(now, dict)):
-        return {} if before == now else {prefix: [before, now]}
-    found: dict[str, list[Any]] = {}
-    for key in [*before, *(k for k in now if k not in before)]:
-        name = f"{prefix}.{key}" if prefix else key
-        found |= differences(before.get(key), now.get(key), name)
-    return found

@@ -14,7 +14,8 @@ from prorl_nemo.reporting import write_report
 from prorl_nemo.training.live_view import LiveView
 from prorl_nemo.training.loop import StopRequested, Trainer
 from prorl_nemo.training.metrics import METRICS, RunLog, read_rows
-from prorl_nemo.training.preflight import check_resources, prepare_run_dir
+from prorl_nemo.training.preflight import check_resources
+from prorl_nemo.training.run_dir import open_run_dir
 from prorl_nemo.training.run_state import Checkpoints
 from prorl_nemo.training.session import open_session
 
@@ -30,12 +31,16 @@ def train(recipe: Recipe) -> tuple[bool, Path]:
     """
     folder = resolve_model(recipe.model)
     check_resources(recipe, folder)
-    changes = prepare_run_dir(recipe)
     checkpoints = Checkpoints(recipe.run_dir / "checkpoints", recipe.checkpoint.keep_last)
     stop = _StopSignal()
     finished = True
     view = LiveView(recipe.name, recipe.model, recipe.total_steps)
-    with RunLog(recipe.run_dir) as log, view, stop.listening():
+    with (
+        open_run_dir(recipe) as changes,
+        RunLog(recipe.run_dir) as log,
+        view,
+        stop.listening(),
+    ):
         steps = checkpoints.steps()
 
         def on_event(event: str, details: dict[str, object]) -> None:

@@ -26,7 +26,8 @@ def test_nothing_to_shape_is_the_plain_advantage() -> None:
     for method, expected in cases:
         found = batch_advantages(SCORES, GROUPS, LENGTHS, FINISHED, 8, method=method)
         assert torch.equal(found.advantages, expected)
-        assert found.kept.all() and found.dropped_groups == 0
+        assert found.kept.all()
+        assert found.dropped_groups == 0
 
 
 def test_group_emptied_by_shaping_is_dropped_before_the_statistics() -> None:
@@ -65,7 +66,8 @@ def test_advantages_see_the_shaped_rewards() -> None:
 
 def test_nothing_left() -> None:
     found = batch_advantages(SCORES[4:], GROUPS[4:], LENGTHS[4:], FIRST_OF_SECOND_CUT[4:], 8)
-    assert not found.kept.any() and not found.advantages.any()
+    assert not found.kept.any()
+    assert not found.advantages.any()
     assert found.dropped_groups == 1
 
 

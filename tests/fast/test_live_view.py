@@ -1,9 +1,10 @@
-"""The live view: right figures, plain lines where there is no terminal, and nothing makes it fail."""
+"""The live view: right figures, plain lines without a terminal, and nothing makes it fail."""
 
 from __future__ import annotations
 
 import io
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -22,13 +23,25 @@ from prorl_nemo.training.live_view import (
 )
 
 ROW = {
-    "kind": "train", "step": 12, "time": 1000.0, "stage": 0, "stage_name": "short answers",
-    "reward/raw_mean": 0.4123, "reward/shaped_mean": 0.398, "rollout/kept_share": 0.63,
-    "rollout/response_tokens_mean": 312.4, "rollout/response_limit": 1024,
-    "rollout/truncated_share": 0.041, "policy/kl": 0.00123, "policy/entropy": 1.31,
-    "policy/grad_norm": 0.42, "mismatch/mean_abs": 0.0123, "time/generate": 9.2,
-    "time/step": 14.2, "throughput/generated_tokens_per_second": 812.3,
-}  # fmt: skip
+    "kind": "train",
+    "step": 12,
+    "time": 1000.0,
+    "stage": 0,
+    "stage_name": "short answers",
+    "reward/raw_mean": 0.4123,
+    "reward/shaped_mean": 0.398,
+    "rollout/kept_share": 0.63,
+    "rollout/response_tokens_mean": 312.4,
+    "rollout/response_limit": 1024,
+    "rollout/truncated_share": 0.041,
+    "policy/kl": 0.00123,
+    "policy/entropy": 1.31,
+    "policy/grad_norm": 0.42,
+    "mismatch/mean_abs": 0.0123,
+    "time/generate": 9.2,
+    "time/step": 14.2,
+    "throughput/generated_tokens_per_second": 812.3,
+}
 
 
 def plain_view(total: int = 300) -> tuple[LiveView, io.StringIO]:
@@ -43,7 +56,8 @@ def drawn(view: LiveView, width: int = 110) -> str:
 
 
 def terminal_view(total: int = 300) -> LiveView:
-    return LiveView("quickstart", "smollm2", total, Console(file=io.StringIO(), force_terminal=True))
+    console = Console(file=io.StringIO(), force_terminal=True)
+    return LiveView("quickstart", "smollm2", total, console)
 
 
 def test_one_line_per_step_validation_and_event() -> None:
@@ -72,11 +86,20 @@ def test_the_panel_shows_step_phase_figures_curves_events_and_how_to_stop() -> N
     view.progress(23, "812 tok/s, 3 rejected")
     text = drawn(view)
     for wanted in [
-        "quickstart", "smollm2", "step 12 of 300", "stage 1 short answers", "left 1 h 08 m",
-        "generate", "23/64", "812 tok/s, 3 rejected", "generate 9.2 s at 812 tok/s",
-        "0.100 → 0.210 ± 0.020, best 0.210 at step 10", "checkpoint saved: seconds 3.142",
-        STOP_HINT, *FIGURES,
-    ]:  # fmt: skip
+        "quickstart",
+        "smollm2",
+        "step 12 of 300",
+        "stage 1 short answers",
+        "left 1 h 08 m",
+        "generate",
+        "23/64",
+        "812 tok/s, 3 rejected",
+        "generate 9.2 s at 812 tok/s",
+        "0.100 → 0.210 ± 0.020, best 0.210 at step 10",
+        "checkpoint saved: seconds 3.142",
+        STOP_HINT,
+        *FIGURES,
+    ]:
         assert wanted in text, wanted
 
 
@@ -97,10 +120,14 @@ def test_time_left_is_recent_wall_clock_time_per_step() -> None:
     assert out.getvalue().splitlines()[-1].endswith("left 1 m 45 s")
 
 
-def test_the_pause_between_two_sessions_is_not_the_time_of_a_step() -> None:
+def test_the_pause_of_a_restart_is_not_the_time_of_a_step() -> None:
     view, out = plain_view(total=10)
-    view.history([{"kind": "train", "step": 1, "time": 100.0, "time/step": 8.0},
-                  {"kind": "validation", "step": 1, "validation/mean": 0.3}])  # fmt: skip
+    view.history(
+        [
+            {"kind": "train", "step": 1, "time": 100.0, "time/step": 8.0},
+            {"kind": "validation", "step": 1, "validation/mean": 0.3},
+        ]
+    )
     view.step({"step": 2, "time": 90_000.0, "time/step": 10.0})
     # Nothing but the steps' own 8 s and 10 s is known: 9 s times eight.
     assert out.getvalue().splitlines() == [out.getvalue().strip()]
@@ -114,10 +141,21 @@ VALUES: Any = st.recursive(
     max_leaves=4,
 )
 KEYS = st.sampled_from(
-    ["step", "time", "event", "stage", "stage_name", "kind", "time/step", "time/generate",
-     "validation/mean", "validation/stderr", "figures",
-     *(key for figures in FIGURES.values() for _, key, _ in figures)]
-)  # fmt: skip
+    [
+        "step",
+        "time",
+        "event",
+        "stage",
+        "stage_name",
+        "kind",
+        "time/step",
+        "time/generate",
+        "validation/mean",
+        "validation/stderr",
+        "figures",
+        *(key for figures in FIGURES.values() for _, key, _ in figures),
+    ]
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -147,8 +185,10 @@ def test_control_characters_do_not_reach_the_terminal() -> None:
     view, out = plain_view()
     hostile = "\x1b[2J\x1b]0;title\x07 [bold]x[/bold]\n"
     view.event({"event": "prompt_dropped", "step": 1, "prompt_id": hostile})
-    assert "\x1b" not in out.getvalue() and out.getvalue().count("\n") == 1
-    assert "\x1b" not in drawn(view) and "[bold]x[/bold]" in drawn(view)
+    assert "\x1b" not in out.getvalue()
+    assert out.getvalue().count("\n") == 1
+    assert "\x1b" not in drawn(view)
+    assert "[bold]x[/bold]" in drawn(view)
 
 
 def test_a_closed_stream_does_not_end_the_run() -> None:
@@ -158,18 +198,40 @@ def test_a_closed_stream_does_not_end_the_run() -> None:
     view.event({"event": "finished"})
 
 
+def test_a_stream_that_knows_ascii_only_gets_lines_it_can_hold() -> None:
+    raw = io.BytesIO()
+    ascii_only = io.TextIOWrapper(raw, encoding="ascii")
+    view = LiveView("q", "m", 3, Console(file=ascii_only, force_terminal=True))
+    with view:
+        view.validation({"step": 1, "validation/mean": 0.5, "validation/stderr": 0.1})
+    assert raw.getvalue() == b"[1/3] validation 0.500 ? 0.100\n"
+
+
 def test_events_in_words() -> None:
-    event = {"time": 1.0, "step": 3, "event": "reset_decision", "reset": False,
-             "figures": {"kl": 0.012345678, "mean": 0.5}}  # fmt: skip
+    event = {
+        "time": 1.0,
+        "step": 3,
+        "event": "reset_decision",
+        "reset": False,
+        "figures": {"kl": 0.012345678, "mean": 0.5},
+    }
     assert describe_event(event) == "reset decision: reset False, figures kl=0.01235 mean=0.5"
     assert describe_event({}) == "event"
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(None, DASH), (math.inf, DASH), (-3, "0 s"), (8.4, "8 s"), (59.6, "1 m 00 s"),
-     (751, "12 m 31 s"), (11_520, "3 h 12 m"), (190_800, "2 d 05 h")],
-)  # fmt: skip
+    [
+        (None, DASH),
+        (math.inf, DASH),
+        (-3, "0 s"),
+        (8.4, "8 s"),
+        (59.6, "1 m 00 s"),
+        (751, "12 m 31 s"),
+        (11_520, "3 h 12 m"),
+        (190_800, "2 d 05 h"),
+    ],
+)
 def test_durations(seconds: float | None, text: str) -> None:
     assert duration(seconds) == text
 
@@ -181,6 +243,7 @@ def test_sparkline_by_hand() -> None:
     assert sparkline([], 10) == ""
 
 
+@settings(deadline=None)
 @given(values=st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=200), width=st.integers(1, 40))
 def test_sparkline_against_a_slow_reference(values: list[float], width: int) -> None:
     count = min(width, len(values))
@@ -192,6 +255,7 @@ def test_sparkline_against_a_slow_reference(values: list[float], width: int) -> 
     line = sparkline(values, width)
     assert len(line) == count
     if max(means) > min(means):
-        assert line[means.index(max(means))] == "█" and line[means.index(min(means))] == "▁"
+        assert line[means.index(max(means))] == "█"
+        assert line[means.index(min(means))] == "▁"
     order = sorted(range(count), key=lambda i: means[i])
-    assert all(line[a] <= line[b] for a, b in zip(order, order[1:], strict=False))
+    assert all(line[a] <= line[b] for a, b in pairwise(order))

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prorl_nemo.training.metrics import (
@@ -41,9 +41,14 @@ def test_rows_come_back_as_written(tmp_path: Path) -> None:
         {"kind": "train", "step": 1, "time": 1.0, "policy/kl": 0.1, "policy/loss": -2.5e-7}
     ]
     assert read_rows(run_dir / "events.jsonl") == [
-        {"time": 2.0, "step": 1, "event": "reference_reset", "trigger": "interval",
-         "figures": {"kl": 0.1}}
-    ]  # fmt: skip
+        {
+            "time": 2.0,
+            "step": 1,
+            "event": "reference_reset",
+            "trigger": "interval",
+            "figures": {"kl": 0.1},
+        }
+    ]
     assert read_rows(run_dir / "samples" / "step_000001.jsonl") == [
         {"response": "½ \ud800 </script>", "tokens": 3}
     ]
@@ -59,12 +64,26 @@ def test_time_is_filled_in_and_each_row_is_on_disk_at_once(tmp_path: Path) -> No
 
 
 def test_values_that_json_lacks(tmp_path: Path) -> None:
-    values = {"a": math.nan, "b": [math.inf, 1.0], "c": np.float32(0.5), "d": np.int64(3),
-              "e": np.array(math.nan), "f": Path("x/y"), "g": (True, None), 7: "key"}  # fmt: skip
+    values = {
+        "a": math.nan,
+        "b": [math.inf, 1.0],
+        "c": np.float32(0.5),
+        "d": np.int64(3),
+        "e": np.array(math.nan),
+        "f": Path("x/y"),
+        "g": (True, None),
+        7: "key",
+    }
     assert plain(values) == {
-        "a": None, "b": [None, 1.0], "c": 0.5, "d": 3, "e": None, "f": "x/y",
-        "g": [True, None], "7": "key",
-    }  # fmt: skip
+        "a": None,
+        "b": [None, 1.0],
+        "c": 0.5,
+        "d": 3,
+        "e": None,
+        "f": "x/y",
+        "g": [True, None],
+        "7": "key",
+    }
     with RunLog(tmp_path) as log:
         log.metrics(train_row(1, **{"policy/grad_norm": math.inf}))
     assert read_rows(tmp_path / "metrics.jsonl")[0]["policy/grad_norm"] is None
@@ -72,8 +91,10 @@ def test_values_that_json_lacks(tmp_path: Path) -> None:
         plain({"x": {1, 2}})
 
 
-@pytest.mark.parametrize("row", [{"step": 1}, {"kind": "train"}, {"kind": "other", "step": 1},
-                                 {"kind": "train", "step": None}])  # fmt: skip
+@pytest.mark.parametrize(
+    "row",
+    [{"step": 1}, {"kind": "train"}, {"kind": "other", "step": 1}, {"kind": "train", "step": None}],
+)
 def test_a_row_without_kind_and_step_is_a_bug(tmp_path: Path, row: dict[str, Any]) -> None:
     with RunLog(tmp_path) as log, pytest.raises(ValueError, match="kind and step"):
         log.metrics(row)
@@ -82,6 +103,7 @@ def test_a_row_without_kind_and_step_is_a_bug(tmp_path: Path, row: dict[str, Any
 ROWS = [train_row(step, value=step / 7, text="½ \n \\") for step in range(1, 6)]
 
 
+@settings(deadline=None)
 @given(cut=st.integers(0, 10_000), debris=st.sampled_from([b"", b"\0\0\0", b"{", b"\xff\xfe\n"]))
 def test_a_kill_at_any_byte_costs_the_unfinished_row_alone(cut: int, debris: bytes) -> None:
     """Against a reference that counts whole lines of the cut file by hand."""
@@ -144,9 +166,11 @@ def test_resume_forgets_what_is_later_than_the_checkpoint(tmp_path: Path) -> Non
     assert sample_steps(tmp_path) == [1, 2, 3, 4]
     events = [(row["event"], row["step"]) for row in read_rows(tmp_path / "events.jsonl")]
     assert events == [
-        ("run_started", 0), *(("checkpoint_saved", step) for step in range(1, 5)),
-        ("engine_restarted", 7), ("resumed", 4),
-    ]  # fmt: skip
+        ("run_started", 0),
+        *(("checkpoint_saved", step) for step in range(1, 5)),
+        ("engine_restarted", 7),
+        ("resumed", 4),
+    ]
     assert {"run_started", "resumed", "engine_restarted"} <= PROCESS_EVENTS
     assert not list(tmp_path.rglob("*.part"))
 
@@ -195,8 +219,11 @@ print(json.dumps([during, log.lost_rows, steps, sorted(p.name for p in run_dir.r
 def test_a_full_disk_costs_rows_not_the_run(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", FULL_DISK, str(tmp_path)],
-        capture_output=True, text=True, timeout=60, check=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
     during, after, steps, names = json.loads(done.stdout)
     # Rows of about 360 bytes: two fit, three are lost, and so are both samples of step 3.
     assert during == after == 5

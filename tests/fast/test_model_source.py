@@ -28,7 +28,7 @@ def _shard(folder: Path) -> Path:
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names = sorted(weights)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, part in enumerate((names[::2], names[1::2]), start=1):
         shard = f"model-0000{number}-of-00002.safetensors"
         save_file({name: weights[name] for name in part}, folder / shard)

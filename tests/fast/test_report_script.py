@@ -24,16 +24,24 @@ from prorl_nemo.training.metrics import RunLog
 ASSETS = files("prorl_nemo.reporting") / "assets"
 Call = Callable[..., Any]
 
+
+class Engine(MiniRacer):
+    """V8 whose answers are of any type, as far as the type checker knows."""
+
+    def run(self, code: str) -> Any:
+        return self.eval(code)
+
+
 gappy = st.lists(st.none() | st.floats(-1e3, 1e3), min_size=1, max_size=120)
 
 
 @pytest.fixture(scope="module")
 def call() -> Call:
-    engine = MiniRacer()
-    engine.eval((ASSETS / "series.js").read_text())
-    engine.eval("const call = (name, json) => JSON.stringify(eval(name)(...JSON.parse(json)))")
+    engine = Engine()
+    engine.run((ASSETS / "series.js").read_text())
+    engine.run("const call = (name, json) => JSON.stringify(eval(name)(...JSON.parse(json)))")
     return lambda name, *arguments: json.loads(
-        engine.eval(f"call({json.dumps(name)}, {json.dumps(json.dumps(arguments))})")
+        engine.run(f"call({json.dumps(name)}, {json.dumps(json.dumps(arguments))})")
     )
 
 
@@ -73,8 +81,10 @@ def test_thinning_keeps_every_extreme(call: Call) -> None:
         values: list[float | None] = [noise.gauss(0, 1) for _ in steps]
         values[10:14] = [None] * 4
         kept = call("decimate", steps, values, pixels)
-        assert kept == sorted(set(kept)) and len(kept) <= 5 * (pixels + 1)
-        assert kept[0] == 0 and kept[-1] == count - 1
+        assert kept == sorted(set(kept))
+        assert len(kept) <= 5 * (pixels + 1)
+        assert kept[0] == 0
+        assert kept[-1] == count - 1
         cells: dict[int, list[int]] = {}
         for i, step in enumerate(steps):
             cells.setdefault(math.floor((step - 1) * pixels / (count - 1)), []).append(i)
@@ -111,6 +121,7 @@ def test_ticks_by_hand(call: Call) -> None:
     assert call("tickDigits", [0, 1000, 2000]) == 3
 
 
+@settings(deadline=None)
 @given(steps=st.lists(st.integers(0, 50), max_size=30, unique=True), step=st.floats(-5, 60))
 def test_index_at_against_bisect(call: Call, steps: list[int], step: float) -> None:
     steps.sort()
@@ -122,16 +133,19 @@ def test_ranges_by_hand(call: Call) -> None:
     assert call("range", [9, 10], False) == pytest.approx([8.94, 10.06])
     assert call("range", [None, 5], False) == pytest.approx([4.5, 5.5])
     assert call("range", [0, 0], False) == [0, 1]
-    assert call("range", [], False) == [0, 1] and call("range", [-1], True) == [0.1, 1]
+    assert call("range", [], False) == [0, 1]
+    assert call("range", [-1], True) == [0.1, 1]
     low, high = call("range", [0, 1e-3, 10], True)  # zero has no place on this axis
-    assert low == pytest.approx(1e-3 / 1.15) and high == pytest.approx(11.5)
+    assert low == pytest.approx(1e-3 / 1.15)
+    assert high == pytest.approx(11.5)
 
 
 def test_shares_keep_the_total(call: Call) -> None:
     noise = random.Random(2)
     column = [noise.random() for _ in range(3000)]
     thin = call("shares", list(range(3000)), [column, [None] * 3000], 500)
-    assert len(thin["steps"]) == 500 and thin["columns"][1] == [0] * 500
+    assert len(thin["steps"]) == 500
+    assert thin["columns"][1] == [0] * 500
     # 3,000 points over 500 shares is six each, so the mean of means is the mean.
     assert math.fsum(thin["columns"][0]) / 500 == pytest.approx(math.fsum(column) / 3000, rel=1e-12)
     assert call("shares", [1, 2, 3], [[1, 2, 6]], 2) == {"steps": [1.5, 3], "columns": [[1.5, 6]]}
@@ -142,7 +156,8 @@ def test_shares_keep_the_total(call: Call) -> None:
     [
         ("format", [0.25, "%"], "25%"), ("format", [None], "–"), ("format", [2e-6], "2e-6"),  # noqa: RUF001
         ("format", [5000], "5,000"), ("format", [0], "0"), ("format", [12_500, "tokens"], "12.5k"),
-        ("figure", [0.65], "0.6500"), ("figure", [0.12345, "%"], "12.3%"), ("figure", [8192], "8,192"),
+        ("figure", [0.65], "0.6500"), ("figure", [0.12345, "%"], "12.3%"),
+        ("figure", [8192], "8,192"),
         ("figure", [3.86e-4], "3.86e-4"), ("figure", [23.456, "s"], "23.5 s"),
         ("figure", [5911.4], "5,911"), ("figure", [None], "–"), ("short", [210_000_000], "210M"),  # noqa: RUF001
         ("short", [9_999], "9,999"), ("short", [2_300_000_000], "2.3B"),
@@ -170,7 +185,9 @@ class Element {
   }
   set textContent(text) { this.children = [String(text)]; }
   get textContent() { return this.children.map((c) => (c.tag ? c.textContent : c)).join(""); }
-  get value() { return this.tag === "select" ? this.children[this.selectedIndex].textContent : this.text ?? ""; }
+  get value() {
+    return this.tag === "select" ? this.children[this.selectedIndex].textContent : this.text ?? "";
+  }
   set value(text) { this.text = text; }
   append(...nodes) { this.children.push(...nodes.map((n) => (n.tag ? n : String(n)))); }
   replaceChildren(...nodes) { this.children = []; this.append(...nodes); }
@@ -186,7 +203,7 @@ class Element {
 const ids = { main: new Element("main"), data: new Element("script") };
 const document = {
   createElement: (tag) => new Element(tag), createElementNS: (_, tag) => new Element(tag),
-  getElementById: (id) => ids[id] ?? [...ids.main.all()].find((e) => e.attributes.id === id) ?? null,
+  getElementById: (id) => ids[id] ?? every((e) => e.attributes.id === id)[0] ?? null,
 };
 class IntersectionObserver {
   constructor(handler) { this.handler = handler; }
@@ -201,17 +218,17 @@ const tag = (name) => every((e) => e.tag === name);
 HOSTILE = "</script><img src=x onerror=alert(1)> <think>a</think> \u2028 ${x}"
 
 
-def open_page(run_dirs: list[Path], out: Path) -> MiniRacer:
+def open_page(run_dirs: list[Path], out: Path) -> Engine:
     """The written file's own data and scripts, run as a browser would."""
     write_report(run_dirs, out)
     text = out.read_text("utf-8")
     data = text.split('id="data">')[1].split("</script>")[0]
-    engine = MiniRacer()
-    engine.eval(DOM)
-    engine.eval(f"ids.data.textContent = {json.dumps(data)}")
+    engine = Engine()
+    engine.run(DOM)
+    engine.run(f"ids.data.textContent = {json.dumps(data)}")
     script = text.split("<script>")[1].split("</script>")[0]
     assert script == "\n".join((ASSETS / name).read_text() for name in SCRIPTS)
-    engine.eval(script)
+    engine.run(script)
     return engine
 
 
@@ -242,56 +259,57 @@ def page_run(run_dir: Path, steps: int = 120) -> Path:
 
 def test_the_page_of_one_run(tmp_path: Path) -> None:
     page = open_page([page_run(tmp_path / "one")], tmp_path / "out.html")
-    text = page.eval("ids.main.textContent")
+    text = page.run("ids.main.textContent")
     for wanted in ["Validation", "KL to the reference", "Seconds per step", "my/own", "Samples",
                    "Events", "Settings", "reference reset", "of 120"]:  # fmt: skip
         assert wanted in text, wanted
     # What a model wrote is there, as text, and made no element.
     assert "</script><img src=x onerror=alert(1)>" in text
-    assert page.eval("tag('img').length + tag('script').length") == 0
-    assert page.eval("every((e) => e.attributes.class === 'reset-head').length") >= 3
+    assert page.run("tag('img').length + tag('script').length") == 0
+    assert page.run("every((e) => e.attributes.class === 'reset-head').length") >= 3
     lines = "every((e) => e.tag === 'path' && /^line/.test(e.attributes.class))"
     # Reward has 2 smoothed curves over 2 raw ones, KL 1 over 1; validation, tasks, limit, own.
-    assert page.eval(f"{lines}.length") >= 10
-    assert page.eval(f"{lines}.every((e) => !/NaN|undefined|Infinity/.test(e.attributes.d))")
+    assert page.run(f"{lines}.length") >= 10
+    assert page.run(f"{lines}.every((e) => !/NaN|undefined|Infinity/.test(e.attributes.d))")
 
 
 def test_hovering_zooming_and_filtering(tmp_path: Path) -> None:
     page = open_page([page_run(tmp_path / "one")], tmp_path / "out.html")
-    page.eval("const plot = () => page.charts[0].plot.children[0]")
-    page.eval("plot().fire('pointermove', { clientX: 300 })")
-    step = page.eval("page.step")
+    page.run("const plot = () => page.charts[0].plot.children[0]")
+    page.run("plot().fire('pointermove', { clientX: 300 })")
+    step = page.run("page.step")
     # The plot is 600 wide with margins of 46 and 18: step 1 at 46, step 120 at 582.
     assert step == round(1 + (300 - 46) / (582 - 46) * 119)
-    page.eval("plot().fire('pointerdown', { clientX: 200, button: 0 });"
-              "plot().fire('pointermove', { clientX: 400 }); plot().fire('pointerup', { clientX: 400 })")  # fmt: skip
-    assert page.eval("page.range.join()") == "35,80"
-    page.eval("plot().fire('dblclick')")
-    assert page.eval("page.range.join()") == "1,120"
-    page.eval("tag('button').filter((b) => b.attributes.class === 'log').forEach((b) => b.fire('click'))")
-    assert page.eval("tag('path').every((e) => !/NaN|Infinity/.test(e.attributes.d))")
+    page.run("plot().fire('pointerdown', { clientX: 200, button: 0 })")
+    page.run("plot().fire('pointermove', { clientX: 400 })")
+    page.run("plot().fire('pointerup', { clientX: 400 })")
+    assert page.run("page.range.join()") == "35,80"
+    page.run("plot().fire('dblclick')")
+    assert page.run("page.range.join()") == "1,120"
+    page.run("every((e) => e.attributes.class === 'log').forEach((button) => button.fire('click'))")
+    assert page.run("tag('path').every((e) => !/NaN|Infinity/.test(e.attributes.d))")
     count = "every((e) => e.attributes.class === 'count')[0].textContent"
-    assert page.eval(count) == "6 of 6 samples"
-    page.eval("const score = tag('select')[2]; score.selectedIndex = 1; score.fire('change')")
-    assert page.eval(count) == "3 of 6 samples"
+    assert page.run(count) == "6 of 6 samples"
+    page.run("const score = tag('select')[2]; score.selectedIndex = 1; score.fire('change')")
+    assert page.run(count) == "3 of 6 samples"
 
 
 def test_the_page_of_several_runs(tmp_path: Path) -> None:
     dirs = [page_run(tmp_path / name, steps) for name, steps in [("a", 120), ("b", 90), ("c", 50)]]
     page = open_page(dirs, tmp_path / "out.html")
-    assert page.eval("page.charts[0].current.length") == 3
-    assert page.eval("tag('tbody')[0].children.length") == 3
-    page.eval("page.hidden.add(data.runs[1]); page.redraw()")
-    assert page.eval("page.charts[0].current.map((l) => l.run.name).join()") == "a,c"
-    page.eval("const focus = tag('select')[0]; focus.selectedIndex = 2; focus.fire('change')")
-    assert "Events · c" in page.eval("ids.main.textContent")
-    assert "stages.0.steps" in page.eval("ids.main.textContent")
+    assert page.run("page.charts[0].current.length") == 3
+    assert page.run("tag('tbody')[0].children.length") == 3
+    page.run("page.hidden.add(data.runs[1]); page.redraw()")
+    assert page.run("page.charts[0].current.map((l) => l.run.name).join()") == "a,c"
+    page.run("const focus = tag('select')[0]; focus.selectedIndex = 2; focus.fire('change')")
+    assert "Events · c" in page.run("ids.main.textContent")
+    assert "stages.0.steps" in page.run("ids.main.textContent")
 
 
 def test_a_run_of_one_step(tmp_path: Path) -> None:
     with RunLog(tmp_path / "run") as log:
         log.metrics({"kind": "train", "step": 1, "reward/raw_mean": 0.0, "policy/kl": 0.0})
     page = open_page([tmp_path / "run"], tmp_path / "out.html")
-    assert page.eval("tag('path').every((e) => !/NaN|Infinity/.test(e.attributes.d))")
-    page.eval("page.charts.forEach((chart) => { chart.log = true; chart.draw(); })")
-    assert page.eval("tag('path').every((e) => !/NaN|Infinity/.test(e.attributes.d))")
+    assert page.run("tag('path').every((e) => !/NaN|Infinity/.test(e.attributes.d))")
+    page.run("page.charts.forEach((chart) => { chart.log = true; chart.draw(); })")
+    assert page.run("tag('path').every((e) => !/NaN|Infinity/.test(e.attributes.d))")

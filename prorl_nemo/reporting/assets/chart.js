@@ -93,7 +93,7 @@ class Chart {
     this.cross = svg("g", { class: "cross" });
     const root = svg("svg", { width, height: this.size, role: "img", "aria-label": this.panel.title },
       svg("defs", {}, svg("clipPath", { id: clip }, svg("rect", {
-        x: left, y: top - 3, width: Math.max(right - left, 0), height: bottom - top + 6 }))),
+        x: left - 4, y: top - 4, width: Math.max(right - left + 8, 0), height: bottom - top + 8 }))),
       this.background(), this.axes(), curves, this.marks(), this.cross);
     this.listen(root);
     this.plot.replaceChildren(root);
@@ -113,9 +113,9 @@ class Chart {
         seen.push(value - half, value + half);
       });
     }
-    const stacked = this.layers && [0, ...this.layers.totals];
-    const [low, high] = this.panel.size === "small" && !this.log
-      ? [Math.min(0, ...seen), Math.max(1e-9, ...seen) * 1.05] : range(stacked ?? seen, this.log);
+    // Small panels stand side by side to be compared, so they all show zero.
+    if (this.panel.size === "small" && !this.log) seen.push(0);
+    const [low, high] = range(this.layers ? this.layers.totals.concat(0) : seen, this.log);
     const { left, right, top, bottom } = this.box;
     const fix = this.log ? Math.log10 : (value) => value;
     const a = fix(low), b = fix(high);

@@ -64,6 +64,7 @@ const HERO = { title: "Validation", size: "tall", help: "Mean score; the band is
 const NOT_A_TASK = new Set(["mean", "stderr", "samples", "truncated_share", "response_tokens_mean"]);
 const NOT_A_CURVE = new Set(["step", "time", "stage", "time/step", "shaping/cosine_on"]);
 const FIRST_TASKS = 12;
+const ROUTINE = new Set(["checkpoint_saved", "reset_decision"]); // events too many to read
 
 data.runs.forEach((run, index) => { run.index = index; });
 const lastStep = Math.max(...data.runs.flatMap((run) => [run.train, run.validation].map((t) => t.step?.at(-1) ?? 0)));
@@ -365,7 +366,7 @@ function sampleBrowser(samples) {
 
 function eventTable(events) {
   const kinds = [...new Set(events.map((e) => e.event))].sort();
-  const select = html("select", { "aria-label": "event" }, html("option", {}, "all but checkpoints"), ...kinds.map((k) => html("option", {}, k.replaceAll("_", " "))));
+  const select = html("select", { "aria-label": "event" }, html("option", {}, "highlights"), html("option", {}, "all events"), ...kinds.map((k) => html("option", {}, k.replaceAll("_", " "))));
   const body = html("tbody", {});
   const words = (value) => {
     if (typeof value === "number") return figure(value);
@@ -373,8 +374,9 @@ function eventTable(events) {
     return Object.entries(value).map(([k, v]) => `${k.replaceAll("_", " ")} ${words(v)}`).join(", ");
   };
   function fill() {
-    const kind = kinds[select.selectedIndex - 1];
-    body.replaceChildren(...events.filter((e) => (kind ? e.event === kind : e.event !== "checkpoint_saved")).map((e) => html("tr", {},
+    const kind = kinds[select.selectedIndex - 2];
+    const wanted = (e) => (kind ? e.event === kind : select.selectedIndex === 1 || !ROUTINE.has(e.event));
+    body.replaceChildren(...events.filter(wanted).map((e) => html("tr", {},
       html("td", { class: "number" }, e.step == null ? "" : Number(e.step).toLocaleString("en")),
       html("td", {}, e.time == null ? "" : new Date(e.time * 1000).toLocaleString([], { dateStyle: "medium", timeStyle: "short" })),
       html("td", {}, html("span", { class: `event ${e.event}` }, String(e.event).replaceAll("_", " "))),

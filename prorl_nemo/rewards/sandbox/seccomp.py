@@ -45,7 +45,8 @@ _CALLS: dict[str, tuple[int | None, int | None]] = {
     "statfs": (137, 43),
     # Below: only with the arguments that _rules allows.
     "open": (2, None), "openat": (257, 56), "clone": (56, 220), "clone3": (435, 435),
-    "execve": (59, 221), "fcntl": (72, 25), "ioctl": (16, 29), "prctl": (157, 167),
+    "execve": (59, 221), "execveat": (322, 281),
+    "fcntl": (72, 25), "ioctl": (16, 29), "prctl": (157, 167),
     "prlimit64": (302, 261),
 }
 # fmt: on
@@ -113,7 +114,7 @@ def build(*, threads: bool, programs: bool) -> bytes:
     ]
     for name, numbers in _CALLS.items():
         number = numbers[column]
-        if number is None or (name == "execve" and not programs):
+        if number is None or (name.startswith("execve") and not programs):
             continue
         if name == "clone3":
             # libc falls back to clone, whose flags a filter can see, only on ENOSYS.

@@ -1,0 +1,307 @@
+"""`prorl check`: is this set-up numerically right, on this machine, before it costs GPU-hours?
+
+A small real rollout is sampled, graded, trained on and synced, and each stage's
+figures are compared with an independent computation. Each line is a name, a
+figure, a limit and a verdict.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from prorl_nemo.cluster.policy_group import PolicyGroup
+from prorl_nemo.model_source import resolve_model
+from prorl_nemo.recipe import Recipe
+from prorl_nemo.records import Group, Prompt
+from prorl_nemo.rewards.pool import GraderPool
+from prorl_nemo.rollout.dynamic_sampler import DynamicSampler
+from prorl_nemo.rollout.group_collector import Sampling
+from prorl_nemo.training.batch import StepSettings, TrainingBatch
+from prorl_nemo.training.loop import recipe_stages
+from prorl_nemo.training.preflight import check_resources
+from prorl_nemo.training.session import Session, open_session
+
+# Mean |log-prob difference| in nats per token. bf16 has 8 bits of mantissa and two independent
+# implementations round differently in every layer; a wrong temperature, a stale head or a rope
+# fault gives 0.1 to 5. fp32 implementations agree to 1e-5 or better.
+MISMATCH_LIMIT = {"bf16": 0.03, "fp32": 1e-3}
+# Relative difference of the gradient norm between layouts. In bf16 another split rounds
+# activations elsewhere; in fp32 only the order of sums differs.
+GRADIENT_LIMIT = {"bf16": 0.02, "fp32": 1e-4}
+_PROMPTS = 4
+_SAMPLES = 4
+
+
+@dataclass(frozen=True)
+class Line:
+    """One verdict.
+
+    Attributes:
+        limit: the figure must not exceed it; None where the figure is a yes (1) or no (0).
+        detail: what was compared, for people.
+    """
+
+    name: str
+    figure: float
+    limit: float | None
+    ok: bool
+    detail: str
+
+
+def run_check(recipe: Recipe, json_file: Path | None = None) -> bool:
+    """Run every check, print the table, and write the lines to `json_file` if given.
+
+    Returns:
+        whether all are ok.
+
+    Raises:
+        UserError: what `prorl train` would refuse as well.
+    """
+    folder = resolve_model(recipe.model)
+    check_resources(recipe, folder)
+    console = Console()
+    started = time.monotonic()
+    lines: list[Line] = []
+    with (
+        console.status("starting") as status,
+        open_session(recipe, folder, lambda e, d: None, status.update) as session,
+    ):
+        for line in _lines(session, status.update):
+            lines.append(line)
+            console.print(f"[{'green' if line.ok else 'red'}]{'ok' if line.ok else 'FAILED':>6}[/]"
+                          f"  {line.name}")
+    console.print(_table(recipe, lines))
+    console.print(f"{len(lines)} checks in {time.monotonic() - started:.0f} s")
+    if json_file:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps([asdict(line) for line in lines], indent=1) + "\n")
+    return all(line.ok for line in lines)
+
+
+def _lines(session: Session, status: Callable[[str], None]) -> Iterator[Line]:
+    recipe = session.recipe
+    status("graders")
+    yield from _graders(session.graders, session.prompts.validation)
+    status("sampling")
+    batch = _sample(session)
+    status("trainer against transformers")
+    batch.old_logprobs, _ = session.policy.logprobs(batch)
+    batch.reference_logprobs = batch.old_logprobs
+    independent = transformers_logprobs(session.folder, batch)
+    yield _within(
+        "trainer log-probs against transformers",
+        _mean_difference(batch.old_logprobs, independent),
+        MISMATCH_LIMIT[recipe.policy.precision],
+        "mean |difference|, same tokens, transformers in fp32",
+    )
+    yield _engine_line("before an update", recipe, batch)
+    status("gradient in another layout")
+    yield _gradient_line(session, batch)
+    status("an update")
+    records = session.policy.train(batch, _settings(recipe, learning_rate=1e-5))
+    yield _yes(
+        "updates are finite",
+        not any(record["skipped"] for record in records),
+        f"gradient norms {', '.join(format(r['grad_norm'], '.3g') for r in records)}",
+    )
+    session.sync_weights(1)
+    status("weights of the engines")
+    yield from _weight_lines(session)
+    status("sampling with new weights")
+    after = _sample(session)
+    after.old_logprobs, _ = session.policy.logprobs(after)
+    yield _engine_line("after an update", recipe, after)
+    status("reference")
+    yield from _reference_lines(session.policy, batch)
+
+
+def _graders(graders: GraderPool, prompts: Sequence[Prompt]) -> Iterator[Line]:
+    """The gold answer must score 1 and an empty response 0, for one prompt of each task."""
+    chosen = {prompt.task: prompt for prompt in prompts}
+    golds = [(p.grading, f"<answer>{p.grading['entry']['answer']}</answer>") for p in chosen.values()]
+    full = graders.grade_many(golds)
+    empty = graders.grade_many([(grading, "") for grading, _ in golds])
+    for task, gold, nothing in zip(chosen, full, empty, strict=True):
+        yield _yes(
+            f"grader: {task}",
+            gold.score == 1.0 and nothing.score == 0.0,
+            f"gold answer {gold.score:g} ({gold.reason}), empty response {nothing.score:g}",
+        )
+
+
+def _sample(session: Session) -> TrainingBatch:
+    """A few groups from the engines, with advantages made up, as a training batch."""
+    recipe = session.recipe
+    stage = recipe_stages(recipe).at(1)
+    sampler = DynamicSampler(
+        session.fleet, session.graders, session.prompts.stream, recipe.seed + session.version
+    )
+    prompts = [(prompt, 0) for prompt in session.prompts.validation[:_PROMPTS]]
+    groups = sampler.sample_all(
+        prompts, Sampling(_SAMPLES, stage.temperature, stage.max_response_tokens)
+    )
+    return made_up_batch(groups, stage.temperature)
+
+
+def made_up_batch(groups: Sequence[Group], temperature: float) -> TrainingBatch:
+    """All groups with alternating advantages, so that every token has a gradient."""
+    batch = TrainingBatch([], [], [], [], [], temperature)
+    for group in groups:
+        first = len(batch.responses)
+        batch.prompts.append(list(group.prompt.token_ids))
+        batch.groups.append(list(range(first, first + len(group.samples))))
+        for sample in group.samples:
+            batch.responses.append(np.asarray(sample.token_ids, dtype=np.int64))
+            batch.engine_logprobs.append(np.asarray(sample.engine_logprobs, dtype=np.float32))
+            batch.advantages.append(1.0 if len(batch.advantages) % 2 else -0.5)
+    return batch
+
+
+@torch.no_grad()
+def transformers_logprobs(folder: Path, batch: TrainingBatch) -> list[NDArray[np.float32]]:
+    """Log-probs [length] of each sample by transformers in fp32, one sequence at a time."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    found: list[NDArray[np.float32]] = []
+    for prompt, samples in zip(batch.prompts, batch.groups, strict=True):
+        for sample in samples:
+            response = torch.from_numpy(batch.responses[sample])
+            ids = torch.cat((torch.tensor(prompt), response))[None]
+            logits = model(ids).logits[0, len(prompt) - 1 : -1] / batch.temperature
+            picked = torch.log_softmax(logits, dim=-1).gather(1, response[:, None])
+            found.append(picked.squeeze(1).numpy())
+    return found
+
+
+def _engine_line(when: str, recipe: Recipe, batch: TrainingBatch) -> Line:
+    precisions = {recipe.policy.precision, recipe.rollout.precision or recipe.policy.precision}
+    limit = max(MISMATCH_LIMIT[precision] for precision in precisions)
+    tokens = batch.response_tokens
+    return _within(
+        f"engine log-probs against the trainer's, {when}",
+        _mean_difference(batch.old_logprobs, batch.engine_logprobs),
+        limit,
+        f"mean |difference| at temperature {batch.temperature:g} over {tokens} sampled tokens",
+    )
+
+
+def _gradient_line(session: Session, batch: TrainingBatch) -> Line:
+    """Gradient norm of the recipe's layout against one rank, one row, nothing shared."""
+    recipe = session.recipe
+    settings = _settings(recipe)
+    here = session.policy.gradient_norm(batch, settings)
+    plain = recipe.model_copy(deep=True)
+    for key in ("tensor_parallel", "pipeline_parallel", "data_parallel"):
+        setattr(plain.policy, key, 1)
+    plain.policy.shared_prompts = False
+    plain.policy.tokens_per_microbatch = 1 << 30
+    with _policy(plain, session.folder) as single:
+        there = single.gradient_norm(batch, settings)
+    return _within(
+        "gradient norm against one rank and one micro-batch",
+        abs(here - there) / there,
+        GRADIENT_LIMIT[recipe.policy.precision],
+        f"relative difference of {here:.6g} and {there:.6g}",
+    )
+
+
+def _weight_lines(session: Session) -> Iterator[Line]:
+    dtype = session.fleet.settings.dtype
+    expected = session.policy.weight_checksums(dtype)
+    for index, found in enumerate(session.fleet.weights_checksum()):
+        wrong = [name for name, checksum in expected.items() if found.get(name) != checksum]
+        yield _within(
+            f"weights of engine {index} that differ from the trainer's",
+            len(wrong),
+            0,
+            f"of {len(expected)} tensors" + (f": {', '.join(wrong[:3])}" if wrong else ""),
+        )
+        head = found.get("lm_head.weight")
+        embedding = expected.get("model.embed_tokens.weight")
+        yield _yes(
+            f"output head of engine {index} is fresh",
+            head == expected.get("lm_head.weight", embedding),
+            "checksum of what the head multiplies with, tied or not",
+        )
+
+
+def _reference_lines(policy: PolicyGroup, batch: TrainingBatch) -> Iterator[Line]:
+    """After an update the reference still gives the old log-probs; after a reset the new ones."""
+    reference, _ = policy.logprobs(batch, "reference")
+    yield _within(
+        "reference unchanged by an update",
+        _mean_difference(reference, batch.old_logprobs),
+        0.0,
+        "mean |difference| to the log-probs before the update",
+    )
+    now, _ = policy.logprobs(batch)
+    yield _yes(
+        "policy changed by the update",
+        _mean_difference(now, batch.old_logprobs) > 0,
+        f"mean |difference| {_mean_difference(now, batch.old_logprobs):.3g}",
+    )
+    policy.reset_reference()
+    reference, _ = policy.logprobs(batch, "reference")
+    yield _within(
+        "reference equals the policy after a reset",
+        _mean_difference(reference, now),
+        0.0,
+        "mean |difference|",
+    )
+
+
+def _settings(recipe: Recipe, learning_rate: float = 0.0) -> StepSettings:
+    algorithm = recipe.algorithm
+    return StepSettings(learning_rate, algorithm.clip_low, algorithm.clip_high, minibatches=2)
+
+
+@contextmanager
+def _policy(recipe: Recipe, folder: Path) -> Iterator[PolicyGroup]:
+    group = PolicyGroup(recipe, folder)
+    try:
+        yield group
+    finally:
+        group.shutdown()
+
+
+def _mean_difference(a: Sequence[NDArray[Any]], b: Sequence[NDArray[Any]]) -> float:
+    difference = np.concatenate(a).astype(np.float64) - np.concatenate(b).astype(np.float64)
+    return float(np.abs(difference).mean())
+
+
+def _within(name: str, figure: float, limit: float, detail: str) -> Line:
+    # Written so that NaN fails.
+    return Line(name, float(figure), float(limit), bool(figure <= limit), detail)
+
+
+def _yes(name: str, ok: bool, detail: str) -> Line:
+    return Line(name, float(ok), None, bool(ok), detail)
+
+
+def _table(recipe: Recipe, lines: Sequence[Line]) -> Table:
+    policy = recipe.policy
+    table = Table(
+        title=f"prorl check: {recipe.name}, {policy.precision}, TP {policy.tensor_parallel}, "
+        f"PP {policy.pipeline_parallel}, DP {policy.data_parallel}"
+    )
+    for column in ("check", "figure", "limit", "", "what"):
+        table.add_column(column, justify="right" if column in ("figure", "limit") else "left")
+    for line in lines:
+        figure = ("yes" if line.ok else "no") if line.limit is None else f"{line.figure:.3g}"
+        limit = "" if line.limit is None else f"{line.limit:g}"
+        verdict = "[green]ok[/]" if line.ok else "[bold red]FAILED[/]"
+        table.add_row(line.name, figure, limit, verdict, line.detail)
+    return table

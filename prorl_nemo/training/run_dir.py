@@ -1,0 +1,122 @@
+"""The run directory: of one recipe, and of one process at a time.
+
+Our choice: the resolved recipe is kept in it and compared on every start, because
+a run that goes on with other settings than it began with is no experiment; and it
+is locked, because two processes would overwrite each other's checkpoints.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from prorl_nemo.errors import UserError
+from prorl_nemo.recipe import Recipe, load_recipe
+from prorl_nemo.strict_yaml import dump_yaml
+
+# Settings that may differ on resume: they change where and how fast, not what is computed.
+RESUMABLE = (
+    "runs_dir",
+    "policy.tensor_parallel",
+    "policy.pipeline_parallel",
+    "policy.data_parallel",
+    "policy.threads",
+    "policy.tokens_per_microbatch",
+    "policy.shared_prompts",
+    "policy.recompute",
+    "rollout.engines",
+    "rollout.engine_threads",
+    "rollout.kv_cache_mib",
+    "rollout.gpu_memory_share",
+    "rollout.max_rejected_per_kept",
+    "checkpoint.interval",
+    "checkpoint.keep_last",
+)
+
+
+@contextmanager
+def open_run_dir(recipe: Recipe) -> Iterator[dict[str, list[Any]]]:
+    """The run directory, made if need be and held until the end.
+
+    Yields:
+        settings that changed since the run began, {key: [before, now]}; all of them RESUMABLE.
+
+    Raises:
+        UserError: not writable, in use by another process, or begun with another recipe.
+    """
+    run_dir = recipe.run_dir
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = (run_dir / "lock").open("a+")
+    except OSError as error:
+        raise _unwritable(run_dir, error) from None
+    with lock:
+        try:
+            # Of the open file: released whatever ends this process.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise UserError(
+                f"name: {run_dir} is in use by {lock.read(200).strip() or 'another process'}; wait "
+                "for its end, stop it, or give this run another name with name=NAME"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"runs_dir: the file system of {run_dir} cannot lock files ({error.strerror}), so "
+                "two processes could ruin one run; choose another with runs_dir=DIR"
+            ) from None
+        try:
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            lock.flush()
+            changes = _compare(recipe, run_dir)
+        except OSError as error:
+            raise _unwritable(run_dir, error) from None
+        yield changes
+
+
+def _compare(recipe: Recipe, run_dir: Path) -> dict[str, list[Any]]:
+    """Changes since the run began; a directory without figures yet belongs to nobody."""
+    path, figures = run_dir / "recipe.yaml", run_dir / "metrics.jsonl"
+    resolved = recipe.model_dump(mode="json")
+    begun = any((run_dir / "checkpoints").glob("step_*")) or (
+        figures.exists() and figures.stat().st_size > 0
+    )
+    if not begun or not path.exists():
+        aside = path.with_name("recipe.yaml.part")
+        aside.write_text(dump_yaml(resolved), encoding="utf-8")
+        aside.replace(path)
+        return {}
+    changes = differences(load_recipe(path).model_dump(mode="json"), resolved)
+    refused = {key: pair for key, pair in changes.items() if key not in RESUMABLE}
+    if refused:
+        lines = [f"{key}: {old!r} there, {new!r} now" for key, (old, new) in refused.items()]
+        more = [f"and {len(lines) - 10} more"] if len(lines) > 10 else []
+        raise UserError(
+            f"name: {run_dir} was begun with another recipe; give this run another name with "
+            "name=NAME, or delete that folder\n  " + "\n  ".join(lines[:10] + more)
+        )
+    return changes
+
+
+def differences(before: Any, now: Any, prefix: str = "") -> dict[str, list[Any]]:
+    """Keys whose values differ, as {dotted key: [before, now]}; lists are compared whole."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return {} if before == now else {prefix: [before, now]}
+    found: dict[str, list[Any]] = {}
+    for key in [*before, *(k for k in now if k not in before)]:
+        name = f"{prefix}.{key}" if prefix else key
+        found |= differences(before.get(key), now.get(key), name)
+    return found
+
+
+def _unwritable(run_dir: Path, error: OSError) -> UserError:
+    return UserError(
+        f"runs_dir: {run_dir} cannot be written ({error.strerror}); choose another with "
+        "runs_dir=DIR"
+    )

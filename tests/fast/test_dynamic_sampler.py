@@ -1,0 +1,307 @@
+"""The sampler against a slow walk over the prompts, in simulated time."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from bench.simulated_engine import (
+    SimulatedFleet,
+    SimulatedGrader,
+    SimulatedPrompts,
+    SimulatedVerdict,
+    World,
+)
+from prorl_nemo.rollout.dynamic_sampler import DynamicSampler, NoSignalError, RolloutBatch
+from prorl_nemo.rollout.group_collector import GroupCollector, Sampling
+from prorl_nemo.rollout.keep_rate import KeepRate, is_certain
+from prorl_nemo.rollout.protocol import GenerationResult
+from prorl_nemo.rollout.seeds import sample_seed
+
+SEED = 7
+SAMPLING = Sampling(samples_per_prompt=8, temperature=1.2, max_response_tokens=8192)
+
+
+def responses(world: World, index: int, samples: int = 8) -> list[tuple[int, str, float]]:
+    return [world.response(str(index), sample_seed(SEED, str(index), 0, i)) for i in range(samples)]
+
+
+def walk(world: World, first: int, wanted: int) -> tuple[list[str], int, int]:
+    """The batch by its definition: prompts one after the other until `wanted` carry signal.
+
+    Returns the kept prompt ids, the tokens of every prompt met, and the next prompt.
+    """
+    kept: list[str] = []
+    tokens = 0
+    while len(kept) < wanted:
+        group = responses(world, first)
+        tokens += sum(length for length, _, _ in group)
+        if statistics.pstdev(score for _, _, score in group) > 1e-6:
+            kept.append(str(first))
+        first += 1
+    return kept, tokens, first
+
+
+def sampler_in(
+    world: World, engines: int = 4, **options: Any
+) -> tuple[DynamicSampler, SimulatedFleet, SimulatedPrompts]:
+    fleet, prompts = SimulatedFleet(world, engines, slots=64), SimulatedPrompts()
+    return DynamicSampler(fleet, SimulatedGrader(), prompts, SEED, **options), fleet, prompts
+
+
+def prompt_ids(batch: RolloutBatch) -> list[str]:
+    return [group.prompt.prompt_id for group in batch.groups]
+
+
+@pytest.mark.parametrize("engines", [1, 8])
+@pytest.mark.parametrize("keep_rate", [0.9, 0.41, 0.2])
+def test_batches_are_the_first_groups_with_signal(keep_rate: float, engines: int) -> None:
+    world = World(keep_rate=keep_rate)
+    sampler, fleet, _ = sampler_in(world, engines)
+    first = 0
+    for _ in range(3):
+        expected, _, following = walk(world, first, 16)
+        batch = sampler.sample_batch(16, SAMPLING, max_rejected_per_kept=50)
+        assert prompt_ids(batch) == expected
+        for group in batch.groups:
+            made = responses(world, int(group.prompt.prompt_id))
+            assert [len(s.token_ids) for s in group.samples] == [length for length, _, _ in made]
+            assert group.scores == [score for _, _, score in made]
+            assert [s.index for s in group.samples] == list(range(8))
+        assert batch.rejected == following - first - 16
+        assert fleet.poll(1.0) == []  # Nothing is left running.
+        first = following
+
+
+def test_tokens_are_counted_and_few_are_in_vain() -> None:
+    world = World()
+    sampler, fleet, _ = sampler_in(world, engines=8)
+    first = unavoidable = generated = everything = 0
+    for step in range(6):
+        _, tokens, first = walk(world, first, 32)
+        batch = sampler.sample_batch(32, SAMPLING)
+        assert batch.generated_tokens - batch.wasted_tokens == tokens
+        assert batch.trained_tokens == sum(
+            len(s.token_ids) for group in batch.groups for s in group.samples
+        )
+        everything += batch.generated_tokens
+        if step == 0:
+            continue  # The keep rate is learnt here.
+        unavoidable += tokens
+        generated += batch.generated_tokens
+    # 32 kept groups need 78 +- 11 prompts, and here all of them run at once: one deviation is
+    # what cannot be known while they run. (With 256 groups a step it is a third of this.)
+    assert generated / unavoidable < 1 + 11 / 78
+    # The fleet counts aborted sequences in fractions of a token.
+    assert fleet.generated_tokens == pytest.approx(everything, rel=1e-4)
+
+
+def first_to_finish(world: World, wanted: int, in_flight: int) -> list[str]:
+    """A batch by order of finishing, the rest thrown away: the rule we avoid."""
+    prompts = SimulatedPrompts()
+    fleet = SimulatedFleet(world, engines=8, slots=512)
+    collector = GroupCollector(fleet, SimulatedGrader(), SEED)
+    pending = collector.launch([prompts.draw() for _ in range(in_flight)], SAMPLING)
+    kept: list[str] = []
+    while len(kept) < wanted:
+        collector.advance()
+        for group in [g for g in pending if g.complete]:
+            pending.remove(group)
+            pending += collector.launch([prompts.draw()], SAMPLING)
+            if statistics.pstdev(group.scores) > 1e-6:
+                kept.append(group.prompt.prompt_id)
+    return kept[:wanted]
+
+
+def test_order_of_finishing_prefers_short_responses_and_prompt_order_does_not() -> None:
+    world = World(limit=100_000)
+
+    def mean_length(ids: list[str]) -> float:
+        return statistics.fmean(length for i in ids for length, _, _ in responses(world, int(i)))
+
+    population = [i for i in range(3000) if 0 < sum(r[2] for r in responses(world, i)) < 8]
+    lengths = [statistics.fmean(r[0] for r in responses(world, i)) for i in population]
+    truth = statistics.fmean(lengths)
+    error = statistics.stdev(lengths) / 64**0.5
+
+    sampler, _, _ = sampler_in(world, engines=8)
+    ours = mean_length(prompt_ids(sampler.sample_batch(64, SAMPLING)))
+    assert abs(ours - truth) < 3 * error
+    theirs = mean_length(first_to_finish(world, 64, in_flight=300))
+    assert theirs < 0.85 * truth
+    assert theirs < truth - 3 * error
+
+
+class LateGrader:
+    """Verdicts from threads, in any order."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(4)
+        self._random = random.Random(0)
+
+    def submit(self, request_id: str, grading: dict[str, Any], text: str) -> Future[Any]:
+        delay = self._random.random() * 0.002
+
+        def grade() -> SimulatedVerdict:
+            time.sleep(delay)
+            return SimulatedVerdict(float(text))
+
+        return self._pool.submit(grade)
+
+
+def test_late_verdicts_change_nothing() -> None:
+    world = World()
+    fleet, prompts = SimulatedFleet(world, 4, slots=64), SimulatedPrompts()
+    sampler = DynamicSampler(fleet, LateGrader(), prompts, SEED)
+    first = 0
+    for _ in range(2):
+        expected, _, first = walk(world, first, 8)
+        batch = sampler.sample_batch(8, SAMPLING)
+        assert prompt_ids(batch) == expected
+        assert all(
+            group.scores == [r[2] for r in responses(world, int(group.prompt.prompt_id))]
+            for group in batch.groups
+        )
+
+
+def test_tallies_cover_every_prompt_decided() -> None:
+    world = World()
+    sampler, _, _ = sampler_in(world)
+    _, _, following = walk(world, 0, 16)
+    batch = sampler.sample_batch(16, SAMPLING)
+    for task, tally in batch.tallies.items():
+        decided = [i for i in range(following) if f"task{i % 3}" == task]
+        scores = [[r[2] for r in responses(world, i)] for i in decided]
+        kept = sum(0 < sum(s) < 8 for s in scores)
+        assert (tally.kept, tally.rejected) == (kept, len(decided) - kept)
+        assert tally.mean_score == pytest.approx(statistics.fmean(x for s in scores for x in s))
+        assert tally.keep_rate == pytest.approx(kept / len(decided))
+
+
+def test_a_hopeless_run_stops_with_a_table_and_an_untouched_queue() -> None:
+    sampler, fleet, prompts = sampler_in(World(keep_rate=0.0))
+    with pytest.raises(NoSignalError) as error:
+        sampler.sample_batch(8, SAMPLING, max_rejected_per_kept=10)
+    # 41 rejections: 10 for each of the 4 groups on credit, and one more.
+    assert "41 groups without signal for 0 kept" in str(error.value)
+    assert "task2" in str(error.value)
+    assert fleet.poll(1.0) == []
+    assert [prompts.draw()[0].prompt_id for _ in range(60)] == [str(i) for i in range(60)]
+
+
+def test_a_pass_over_the_data_without_signal_stops() -> None:
+    prompts = SimulatedPrompts(size=12)
+    fleet = SimulatedFleet(World(keep_rate=0.0), 2, slots=64)
+    sampler = DynamicSampler(fleet, SimulatedGrader(), prompts, SEED)
+    with pytest.raises(NoSignalError, match=r"a whole pass over the data \(12 prompts\)"):
+        sampler.sample_batch(4, SAMPLING, max_rejected_per_kept=1000)
+
+
+class PickyFleet(SimulatedFleet):
+    """Cannot serve prompts 3 and 4."""
+
+    def poll(self, max_wait: float) -> list[GenerationResult]:
+        return [
+            replace(r, token_ids=[], logprobs=[], finish_reason="rejected", text="too long")
+            if self.prompt_of[r.request_id] in (3, 4)
+            else r
+            for r in super().poll(max_wait)
+        ]
+
+    def submit(self, requests: Any) -> None:
+        self.prompt_of = getattr(self, "prompt_of", {})
+        self.prompt_of |= {r.request_id: r.prompt_token_ids[0] for r in requests}
+        super().submit(requests)
+
+
+def test_prompts_the_engine_cannot_serve_are_dropped_with_an_event() -> None:
+    world = World(keep_rate=0.9)
+    events: list[tuple[str, dict[str, Any]]] = []
+    fleet = PickyFleet(world, 2, slots=64)
+    sampler = DynamicSampler(
+        fleet,
+        SimulatedGrader(),
+        SimulatedPrompts(),
+        SEED,
+        on_event=lambda name, details: events.append((name, details)),
+    )
+    batch = sampler.sample_batch(8, SAMPLING)
+    assert batch.dropped == ["3", "4"]
+    assert [i for i in walk(world, 0, 10)[0] if i not in "34"][:8] == prompt_ids(batch)
+    assert events == [
+        ("prompt_dropped", {"prompt_id": i, "reason": "too long"}) for i in ("3", "4")
+    ]
+    everything = sampler.sample_all(
+        [(SimulatedPrompts().draw()[0], 0), (batch.groups[0].prompt, 0)], SAMPLING
+    )
+    assert [len(group.samples) for group in everything] == [8, 8]
+
+
+class BrokenGrader(SimulatedGrader):
+    def submit(self, request_id: str, grading: dict[str, Any], text: str) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_exception(RuntimeError("grader bug"))
+        return future
+
+
+def test_after_an_error_the_engine_is_idle_and_the_queue_as_before() -> None:
+    fleet, prompts = SimulatedFleet(World(), 2, slots=64), SimulatedPrompts()
+    with pytest.raises(RuntimeError, match="grader bug"):
+        DynamicSampler(fleet, BrokenGrader(), prompts, SEED).sample_batch(4, SAMPLING)
+    assert fleet.poll(1.0) == []
+    assert [prompts.draw()[0].prompt_id for _ in range(30)] == [str(i) for i in range(30)]
+
+
+def test_sample_all_keeps_order_and_filters_nothing() -> None:
+    world = World()
+    sampler, _, prompts = sampler_in(world)
+    drawn = [prompts.draw() for _ in range(12)]
+    groups = sampler.sample_all(drawn, Sampling(3, 0.6, 8192, top_p=0.95))
+    assert [g.prompt.prompt_id for g in groups] == [str(i) for i in range(12)]
+    assert [g.scores for g in groups] == [[r[2] for r in responses(world, i, 3)] for i in range(12)]
+
+
+def test_progress_reaches_the_batch_size() -> None:
+    seen: list[Any] = []
+    sampler, _, _ = sampler_in(World(), on_progress=seen.append)
+    sampler.sample_batch(8, SAMPLING)
+    assert [p.kept for p in seen] == sorted(p.kept for p in seen)
+    assert (seen[-1].kept, seen[-1].wanted, seen[-1].samples_running) == (8, 8, 0)
+
+
+def test_certain_means_certain() -> None:
+    # By hand: two scores 0 and 1, two more between them at 0.5: deviation sqrt(0.5/4) = 0.354.
+    assert is_certain([0.0, 1.0], 4)
+    assert not is_certain([0.5, 0.5, 0.5], 4)
+    assert not is_certain([1.0], 4)
+    # The bound against the worst completion: all others half-way. At a distance just below
+    # sqrt(2 n) * 1e-6 that completion carries no signal, just above it does.
+    for n in (2, 8, 16):
+        for factor in (0.9, 1.1):
+            distance = factor * 1e-6 * (2 * n) ** 0.5
+            worst = [0.0, distance] + [distance / 2] * (n - 2)
+            assert (statistics.pstdev(worst) > 1e-6) == (factor > 1)
+            assert is_certain([0.0, distance], n) == (factor > 1)
+
+
+def test_keep_rate_learns_from_decided_groups() -> None:
+    rate = KeepRate(4)
+    assert rate.chance(0) == pytest.approx(0.5)
+    groups = [([0.0, 0.0, 1.0, 0.0], True), ([0.0] * 4, False), ([1.0] * 4, False)] * 400
+    for scores, kept in groups:
+        rate.observe(scores, kept)
+    # One in three is kept, and still after two equal scores; none after three. The prior weighs
+    # 4 groups of 1,200.
+    assert rate.chance(0) == pytest.approx(1 / 3, abs=0.01)
+    assert rate.chance(2) == pytest.approx(1 / 3, abs=0.01)
+    assert rate.chance(3) == pytest.approx(0, abs=0.01)
+    assert rate.chance(4) == 0
+    for _ in range(60):
+        rate.forget()
+    assert rate.chance(0) == pytest.approx(0.5, abs=0.01)

@@ -1,0 +1,113 @@
+"""Buckets, checksums and seeds: what travels to the engines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from prorl_nemo.errors import UserError
+from prorl_nemo.rollout.engine import checkpoint_shapes
+from prorl_nemo.rollout.seeds import sample_seed
+from prorl_nemo.rollout.weights import pack_buckets, tensor_checksum, weight_checksums
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "a": torch.randn(7, 5, generator=generator),
+        "b": torch.randn(300, generator=generator).to(torch.bfloat16),
+        "c": torch.randn(4, 6, generator=generator).t(),
+        "d": torch.randn((), generator=generator),
+    }
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 200, 1 << 20])
+def test_buckets_carry_every_tensor_in_order(bucket_bytes: int) -> None:
+    source = tensors()
+    buckets = list(pack_buckets(source.items(), bucket_bytes=bucket_bytes))
+    arrived = [entry for bucket in buckets for entry in bucket.tensors()]
+    assert [name for name, _ in arrived] == list(source)
+    for name, tensor in arrived:
+        assert tensor.dtype == source[name].dtype
+        assert torch.equal(tensor, source[name])
+    assert all(len(b.entries) == 1 or b.nbytes <= bucket_bytes for b in buckets)
+    assert len(buckets) == {1: 4, 200: 3, 1 << 20: 1}[bucket_bytes]
+
+
+def test_buckets_cast_to_the_engine_type() -> None:
+    source = tensors()
+    (bucket,) = pack_buckets(source.items(), torch.bfloat16)
+    for name, tensor in bucket.tensors():
+        assert torch.equal(tensor, source[name].to(torch.bfloat16))
+    assert bucket.nbytes == 2 * sum(t.numel() for t in source.values())
+
+
+def test_checksum_sees_every_change_an_engine_would() -> None:
+    weight = torch.tensor([[1.0, -2.0], [0.0, 3.0]])
+    base = tensor_checksum(weight, torch.bfloat16)
+    assert tensor_checksum(weight.clone(), torch.bfloat16) == base
+    assert tensor_checksum(weight.t(), torch.bfloat16) != base
+    assert tensor_checksum(weight.reshape(4), torch.bfloat16) != base
+    assert tensor_checksum(weight, torch.float32) != base
+    changed = weight.clone()
+    changed[0, 0] = torch.nextafter(changed[0, 0], torch.tensor(9.0))
+    assert tensor_checksum(changed, torch.float32) != tensor_checksum(weight, torch.float32)
+    # Below the last bit of bfloat16: the same weight.
+    assert tensor_checksum(weight * (1 + 1e-5), torch.bfloat16) == base
+
+
+def test_checksum_ignores_what_the_identity_product_loses() -> None:
+    assert tensor_checksum(torch.tensor([-0.0, 1.0]), torch.float32) == tensor_checksum(
+        torch.tensor([0.0, 1.0]), torch.float32
+    )
+    assert tensor_checksum(torch.tensor([1e-40, 1.0]), torch.float32) == tensor_checksum(
+        torch.tensor([0.0, 1.0]), torch.float32
+    )
+
+
+def test_checksums_by_name() -> None:
+    sums = weight_checksums(tensors().items(), torch.float32)
+    assert list(sums) == ["a", "b", "c", "d"]
+    assert len(set(sums.values())) == 4
+
+
+def test_seeds_are_pinned_and_distinct() -> None:
+    # A resumed run, maybe on another machine and version, must draw what the first would have.
+    assert sample_seed(1, "reasoning_gym/chain_sum/17", 0, 3) == 6983535798115441443
+    seeds = {
+        sample_seed(run, prompt, epoch, index)
+        for run in (1, 2, 11)
+        for prompt in ("a", "a1", "a11", 'a"', "b")
+        for epoch in (0, 1, 10)
+        for index in range(16)
+    }
+    assert len(seeds) == 3 * 5 * 3 * 16
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def write_model(folder: Path, tied: bool) -> None:
+    (folder / "config.json").write_text(json.dumps({"tie_word_embeddings": tied}))
+    save_file({"model.embed_tokens.weight": torch.zeros(4, 2)}, folder / "a.safetensors")
+    save_file({"lm_head.weight": torch.zeros(4, 2)}, folder / "b.safetensors")
+
+
+def test_checkpoint_shapes_over_shards(tmp_path: Path) -> None:
+    write_model(tmp_path, tied=False)
+    assert checkpoint_shapes(tmp_path) == {
+        "model.embed_tokens.weight": (4, 2),
+        "lm_head.weight": (4, 2),
+    }
+
+
+def test_a_tied_head_in_the_checkpoint_is_not_asked_for(tmp_path: Path) -> None:
+    write_model(tmp_path, tied=True)
+    assert checkpoint_shapes(tmp_path) == {"model.embed_tokens.weight": (4, 2)}
+
+
+def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no safetensors file"):
+        checkpoint_shapes(tmp_path)

@@ -1,0 +1,403 @@
+"""Real vLLM on tiny random models: numbers against transformers, and engines that die."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from prorl_nemo.errors import UserError
+from prorl_nemo.records import Prompt
+from prorl_nemo.rollout.dynamic_sampler import DynamicSampler
+from prorl_nemo.rollout.engine import EngineBusyError, EngineError, EngineSettings
+from prorl_nemo.rollout.fleet import Fleet, FleetError
+from prorl_nemo.rollout.group_collector import Sampling
+from prorl_nemo.rollout.protocol import GenerationRequest, GenerationResult
+from prorl_nemo.rollout.weights import WeightBucket, pack_buckets, weight_checksums
+from prorl_nemo.tiny_model import tiny_model
+
+MODEL_LEN = 256
+PROMPTS = [[11, 42, 300, 7], [5] * 70 + [9], [400, 401, 402]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    ray.init(
+        num_cpus=2, include_dashboard=False, object_store_memory=128 << 20, log_to_driver=False
+    )
+    yield
+    ray.shutdown()
+
+
+def settings(folder: Path, dtype: str = "float32", **changes: Any) -> EngineSettings:
+    options = {"kv_cache_bytes": 64 << 20, "threads": 1, **changes}
+    return EngineSettings(str(folder), dtype, MODEL_LEN, **options)
+
+
+def request(name: str, prompt: int = 0, seed: int = 1, **changes: Any) -> GenerationRequest:
+    options = {"temperature": 1.2, "max_tokens": 40, **changes}
+    return GenerationRequest(name, PROMPTS[prompt], seed, **options)
+
+
+def collect(fleet: Fleet, count: int) -> dict[str, GenerationResult]:
+    """Exactly `count` results, and no more after them."""
+    results: list[GenerationResult] = []
+    while len(results) < count:
+        results += fleet.poll(1.0)
+    results += fleet.poll(0.6)
+    assert len(results) == len({r.request_id for r in results}) == count
+    return {r.request_id: r for r in results}
+
+
+def generate(fleet: Fleet, requests: list[GenerationRequest]) -> dict[str, GenerationResult]:
+    fleet.submit(requests)
+    return collect(fleet, len(requests))
+
+
+def reference_logprobs(
+    model: PreTrainedModel, prompt: list[int], response: list[int], temperature: float, top_p: float
+) -> torch.Tensor:
+    """Log-probabilities [response] under the sampling distribution, by sorting and summing."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + response])).logits[0].double()
+    found = []
+    for position, token in enumerate(response, start=len(prompt) - 1):
+        probabilities = torch.softmax(logits[position] / temperature, -1)
+        order = probabilities.argsort(descending=True)
+        before = probabilities[order].cumsum(0) - probabilities[order]
+        nucleus = order[before < top_p]
+        assert token in nucleus
+        found.append((probabilities[token] / probabilities[nucleus].sum()).log())
+    return torch.stack(found)
+
+
+def randomise(model: PreTrainedModel, seed: int) -> None:
+    """Other weights, of the same scale."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            weight.add_(noise.to(weight.dtype), alpha=0.3 * float(weight.std()))
+
+
+def send(fleet: Fleet, model: PreTrainedModel, version: int) -> dict[str, str]:
+    """Update the fleet in many small buckets; returns the checksums it should have."""
+    dtype = getattr(torch, fleet.settings.dtype)
+    fleet.update_weights(version, pack_buckets(model.named_parameters(), dtype, 60_000))
+    return weight_checksums(model.state_dict().items(), dtype)
+
+
+CASES = [
+    # float32 on both sides: rounding only, as measured 1e-6. bfloat16: the reference computes in
+    # float32 from the same weights, so the engine's activations make the difference.
+    ("llama", True, "float32", 1e-4),
+    ("qwen2", False, "float32", 1e-4),
+    ("qwen3", True, "bfloat16", 0.2),
+]
+
+
+@pytest.mark.parametrize(("family", "tied", "dtype", "tolerance"), CASES)
+def test_weights_and_logprobs_agree_with_transformers(
+    tmp_path: Path, family: Any, tied: bool, dtype: Any, tolerance: float
+) -> None:
+    folder = tiny_model(family, tmp_path / "model", tied=tied, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    fleet = Fleet(settings(folder, dtype), 1)
+    try:
+        fleet.verify_weights(weight_checksums(model.state_dict().items(), getattr(torch, dtype)))
+        for version in (1, 2):
+            randomise(model, version)
+            model.to(getattr(torch, dtype)).float()
+            fleet.verify_weights(send(fleet, model, version))
+            # The version of each sample is that of the weights that made it.
+            for temperature, top_p in ((1.2, 1.0), (0.6, 1.0), (0.6, 0.95)):
+                results = generate(
+                    fleet,
+                    [
+                        request(f"{p}.{s}", p, s, temperature=temperature, top_p=top_p)
+                        for p in range(3)
+                        for s in range(3)
+                    ],
+                )
+                for name, result in results.items():
+                    prompt = PROMPTS[int(name[0])]
+                    if dtype == "float32" or top_p == 1.0:
+                        expected = reference_logprobs(
+                            model, prompt, result.token_ids, temperature, top_p
+                        )
+                        error = (torch.tensor(result.logprobs).double() - expected).abs().max()
+                        assert error < tolerance
+                    assert result.weight_version == version
+                    assert result.finish_reason == (
+                        "stop" if result.token_ids[-1] == model.config.eos_token_id else "length"
+                    )
+            sequence = PROMPTS[0] + results["0.0"].token_ids
+            (score,) = fleet.score([sequence])
+            expected = reference_logprobs(model, sequence[:1], sequence[1:], 1.0, 1.0)
+            assert (torch.tensor(score).double() - expected).abs().max() < tolerance
+    finally:
+        fleet.shutdown()
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model("llama", tmp_path_factory.mktemp("fleet") / "model")
+
+
+@pytest.fixture(scope="module")
+def events() -> list[tuple[str, dict[str, Any]]]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def fleet(model_folder: Path, events: list[Any]) -> Iterator[Fleet]:
+    fleet = Fleet(
+        settings(model_folder),
+        2,
+        on_event=lambda name, details: events.append((name, details)),
+        hang_seconds=8.0,
+        max_restarts=4,
+    )
+    yield fleet
+    fleet.shutdown()
+
+
+@pytest.fixture(scope="module")
+def model(model_folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+
+
+def long_requests(tag: str, count: int = 24) -> list[GenerationRequest]:
+    return [request(f"{tag}{i}", i % 3, i, max_tokens=150) for i in range(count)]
+
+
+def content(results: dict[str, GenerationResult], tag: str) -> dict[str, tuple[Any, ...]]:
+    return {
+        name.removeprefix(tag): (r.token_ids, r.finish_reason, r.weight_version)
+        for name, r in results.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(fleet: Fleet, model: PreTrainedModel) -> dict[str, tuple[Any, ...]]:
+    """What the fleet generates when nothing happens to it, under version 1."""
+    randomise(model, 1)
+    send(fleet, model, 1)
+    return content(generate(fleet, long_requests("quiet")), "quiet")
+
+
+def test_seeds_reproduce_alone_and_in_company(
+    fleet: Fleet, undisturbed: dict[str, tuple[Any, ...]]
+) -> None:
+    assert content(generate(fleet, long_requests("again")), "again") == undisturbed
+    for i in (0, 7):
+        alone = content(generate(fleet, [long_requests("alone")[i]]), "alone")
+        assert alone == {str(i): undisturbed[str(i)]}
+    assert len({tuple(tokens) for tokens, _, _ in undisturbed.values()}) == len(undisturbed)
+
+
+def test_aborted_requests_never_come_out(fleet: Fleet, undisturbed: dict[str, Any]) -> None:
+    requests = long_requests("mixed")
+    fleet.submit(requests)
+    first: list[GenerationResult] = []
+    while not first:
+        first += fleet.poll(1.0)
+    done = {r.request_id for r in first}
+    dropped = [r.request_id for r in requests if r.request_id not in done][::2]
+    assert fleet.abort([*dropped, "unknown"]) > 0
+    rest = collect(fleet, len(requests) - len(done) - len(dropped))
+    found = content(rest | {r.request_id: r for r in first}, "mixed")
+    assert found == {
+        name: undisturbed[name] for name in undisturbed if f"mixed{name}" not in dropped
+    }
+
+
+def test_what_cannot_be_served_is_rejected_and_harms_nobody(fleet: Fleet) -> None:
+    results = generate(
+        fleet,
+        [
+            request("long", 1, max_tokens=MODEL_LEN),
+            GenerationRequest("unknown token", [10**6], 1, 1.0, 5),
+            GenerationRequest("empty", [], 1, 1.0, 5),
+            request("fine"),
+        ],
+    )
+    assert [name for name, r in results.items() if r.rejected] != []
+    assert {name for name, r in results.items() if r.rejected} == {
+        "long",
+        "unknown token",
+        "empty",
+    }
+    assert "exceed the engine's 256" in results["long"].text
+
+
+def test_weights_do_not_change_under_running_requests(fleet: Fleet, model: PreTrainedModel) -> None:
+    fleet.submit(long_requests("busy"))
+    with pytest.raises(EngineBusyError, match="24 requests"):
+        fleet.update_weights(9, pack_buckets(model.named_parameters()))
+    collect(fleet, 24)
+    assert [state.weight_version for state in fleet.states()] == [1, 1]
+
+
+def kill_first(fleet: Fleet, how: signal.Signals) -> None:
+    os.kill(fleet.states()[0].pid, how)
+
+
+def last_restart(events: list[Any]) -> tuple[str, int]:
+    name, details = events[-1]
+    assert (name, details["engine"]) == ("engine_restarted", 0)
+    return details["reason"], details["resubmitted"]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_an_engine_lost_during_generation_loses_no_sample(
+    fleet: Fleet,
+    model: PreTrainedModel,
+    events: list[Any],
+    undisturbed: dict[str, Any],
+    how: signal.Signals,
+) -> None:
+    before = len(events)
+    fleet.submit(long_requests("kill"))
+    first = fleet.poll(1.0)
+    kill_first(fleet, how)
+    results = collect(fleet, 24 - len(first)) | {r.request_id: r for r in first}
+    assert content(results, "kill") == undisturbed
+    assert len(events) == before + 1
+    reason, resubmitted = last_restart(events)
+    assert reason.startswith({signal.SIGKILL: "died", signal.SIGSTOP: "made no step"}[how])
+    assert resubmitted > 0
+    fleet.verify_weights(weight_checksums(model.state_dict().items(), torch.float32))
+
+
+def test_the_sampler_repeats_itself_on_real_engines(fleet: Fleet) -> None:
+    class Stream:
+        """Twenty prompts, one of which does not fit."""
+
+        def __init__(self) -> None:
+            self.queue = [
+                (Prompt(str(i), "math", "length", [], [20 + i, 30] * (1 if i != 2 else 120), {}), 0)
+                for i in range(20)
+            ]
+
+        def draw(self) -> tuple[Prompt, int]:
+            return self.queue.pop(0)
+
+        def put_back(self, prompts: list[tuple[Prompt, int]]) -> None:
+            self.queue[:0] = prompts
+
+    class Grader:
+        """Rewards a coin that falls on the response's text."""
+
+        def submit(self, request_id: str, grading: dict[str, Any], text: str) -> Any:
+            future: Any = __import__("concurrent.futures").futures.Future()
+            score = float(sum(text.encode()) % 4 == 0)
+            future.set_result(type("Verdict", (), {"score": score, "reason": ""}))
+            return future
+
+    batches = []
+    for _ in range(2):
+        stream = Stream()
+        sampler = DynamicSampler(fleet, Grader(), stream, run_seed=3)
+        batch = sampler.sample_batch(4, Sampling(4, 1.2, 24))
+        assert stream.queue[0][0].prompt_id == str(4 + batch.rejected + 1)
+        batches.append(batch)
+    first, second = batches
+    assert first.groups == second.groups
+    assert first.dropped == ["2"]
+    for group in first.groups:
+        assert [s.index for s in group.samples] == [0, 1, 2, 3]
+        assert all(len(s.engine_logprobs) == len(s.token_ids) for s in group.samples)
+
+
+def test_an_engine_lost_during_an_update_gets_it_all(
+    fleet: Fleet, model: PreTrainedModel, events: list[Any]
+) -> None:
+    randomise(model, 2)
+    before = len(events)
+
+    def interrupted() -> Iterator[WeightBucket]:
+        for index, bucket in enumerate(pack_buckets(model.named_parameters(), None, 60_000)):
+            if index == 3:
+                kill_first_without_asking()
+            yield bucket
+
+    pid = fleet.states()[0].pid
+
+    def kill_first_without_asking() -> None:
+        os.kill(pid, signal.SIGKILL)
+
+    fleet.update_weights(2, interrupted())
+    fleet.verify_weights(weight_checksums(model.state_dict().items(), torch.float32))
+    assert [state.weight_version for state in fleet.states()] == [2, 2]
+    assert len(events) == before + 1
+    assert last_restart(events)[0] == "died"
+
+
+def test_an_engine_lost_while_idle_is_replaced_when_needed(
+    fleet: Fleet, events: list[Any]
+) -> None:
+    kill_first(fleet, signal.SIGKILL)
+    before = len(events)
+    results = generate(fleet, long_requests("idle"))
+    assert {r.weight_version for r in results.values()} == {2}
+    assert len(events) == before + 1
+
+
+def test_too_many_losses_end_the_run(fleet: Fleet) -> None:
+    # Four restarts were granted within the hour, and the four above used them.
+    fleet.submit(long_requests("last"))
+    kill_first(fleet, signal.SIGKILL)
+    with pytest.raises(FleetError, match="5 engine failures within 3600 seconds"):
+        collect(fleet, 24)
+    fleet.abort([f"last{i}" for i in range(24)]) if False else None
+
+
+def incomplete(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    return ((n, p) for n, p in model.named_parameters() if "layers.1.mlp.up" not in n)
+
+
+def unknown(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters()
+    yield "model.layers.9.extra.weight", torch.zeros(2)
+
+
+def misshapen(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    return ((n, p[:-1] if n == "model.norm.weight" else p) for n, p in model.named_parameters())
+
+
+FAULTY: dict[str, tuple[Callable[[PreTrainedModel], Any], str]] = {
+    "incomplete": (incomplete, "1 tensors never arrived: model.layers.1.mlp.up_proj.weight"),
+    "unknown": (unknown, "model.layers.9.extra.weight: sent twice, or not a tensor of the model"),
+    "misshapen": (misshapen, r"model.norm.weight: shape \(127,\), expected \(128,\)"),
+}
+
+
+@pytest.mark.parametrize("fault", list(FAULTY))
+def test_a_faulty_update_leaves_no_engine_with_mixed_weights(
+    model_folder: Path, model: PreTrainedModel, fault: str
+) -> None:
+    stream, message = FAULTY[fault]
+    fleet = Fleet(settings(model_folder), 1, max_restarts=0)
+    try:
+        with pytest.raises(EngineError, match=message):
+            fleet.update_weights(1, pack_buckets(stream(model), None, 60_000))
+        # The engine refuses to generate with what it has now.
+        fleet.submit([request("after")])
+        with pytest.raises(FleetError, match="failed"):
+            collect(fleet, 1)
+    finally:
+        fleet.shutdown()
+
+
+def test_a_model_vllm_cannot_run_is_a_user_error(tmp_path: Path) -> None:
+    folder = tiny_model("llama", tmp_path / "model", max_positions=128)
+    with pytest.raises(UserError, match="128"):
+        Fleet(settings(folder), 1)

@@ -1,0 +1,62 @@
+"""Every task of Reasoning Gym, from the generating process to the grader."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from prorl_nemo.data.chat import ChatRenderer, PromptDropped, in_answer_tags, load_tokenizer
+from prorl_nemo.data.reasoning_gym_source import ReasoningGymGenerator, ReasoningGymSource
+from prorl_nemo.model_source import tiny_model
+from prorl_nemo.rewards.pool import GraderPool
+
+# They have no single right answer to show; their scorers judge any proposal.
+WITHOUT_REFERENCE = {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}
+
+
+def _tasks() -> list[str]:
+    """Registered names, read from the library's source: importing it takes seconds."""
+    spec = importlib.util.find_spec("reasoning_gym")
+    assert spec is not None and spec.submodule_search_locations
+    names = set()
+    for path in Path(spec.submodule_search_locations[0]).rglob("*.py"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.startswith("DATASET_NAME = "):
+                names.add(line.partition('"')[2].rstrip('"'))
+    return sorted(names - {"composite"})  # Composite has no questions of its own.
+
+
+def test_reference_answers_get_full_marks(tmp_path: Path) -> None:
+    tasks = _tasks()
+    assert len(tasks) >= 100
+    tokenizer = load_tokenizer(tiny_model("llama", tmp_path / "m", layers=1))
+    renderer = ChatRenderer(tokenizer, 100_000)
+    generator = ReasoningGymGenerator()
+    cases = []
+    for task in tasks:
+        source = ReasoningGymSource(
+            task, {}, size=1000, seed=7, renderer=renderer, generator=generator
+        )
+        for slot in (0, 1):
+            try:
+                prompt = source.prompt(slot)
+            except PromptDropped as dropped:
+                pytest.fail(f"{task}: {dropped}")
+            # As it comes out of a samples file or a checkpoint.
+            grading = json.loads(json.dumps(prompt.grading))
+            answer = grading["entry"]["answer"]
+            assert (answer is None) is (task in WITHOUT_REFERENCE), task
+            if answer is not None:
+                cases.append((grading, in_answer_tags(answer)))
+    generator.close()
+    with GraderPool(workers=1) as pool:
+        verdicts = pool.grade_many(cases)
+    wrong = {
+        grading["task"]: (verdict.score, verdict.reason)
+        for (grading, _), verdict in zip(cases, verdicts, strict=True)
+        if verdict.score != 1.0
+    }
+    assert not wrong
