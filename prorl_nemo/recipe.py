@@ -311,10 +311,7 @@ class Recipe(Section):
         description="Of the run and its folder: letters, digits, dot, dash, underscore.",
     )
     seed: int = Field(
-        1,
-        ge=0,
-        le=2**31 - 1,
-        description="Of prompts, samples and training; all else equal, one seed gives one run.",
+        1, ge=0, le=2**31 - 1, description="Of prompts, samples and the trainer's random state."
     )
     runs_dir: str = Field(
         "runs", min_length=1, description="Where the run's folder is made; `~` is the home folder."

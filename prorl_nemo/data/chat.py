@@ -21,7 +21,7 @@ Message = dict[str, str]
 FORMAT_INSTRUCTION = "Give the final answer between <answer> and </answer>."
 
 
-class PromptDropped(Exception):  # noqa: N818 - a verdict on one prompt, not a failure.
+class PromptDropped(Exception):
     """A prompt that cannot be used; the message is the reason, short enough to count by."""
 
 

@@ -27,8 +27,11 @@ from prorl_nemo.records import Prompt
 
 _WORKER = Path(__file__).with_name("reasoning_gym_worker.py")
 
-# Slots of the two small splits; the exam takes its first ones, whatever its length.
-_HELD_OUT_SLOTS = 1000
+# Held-out prompts have a seed of their own and take the first slots, however many they are.
+_EXAM_SEED = "held_out"
+_EXAM_SLOTS = 1000
+
+# Slots from which a prompt's worked examples are chosen.
 _EXAMPLES = 16
 
 # The slowest generator (number_sequence) was seen to need 30 s for one item.
@@ -39,7 +42,7 @@ _SECONDS_TO_START = 120.0
 _DEATHS_IN_A_ROW = 3
 
 
-class GeneratorDied(Exception):  # noqa: N818 - reported as a dropped prompt.
+class GeneratorDied(Exception):
     """The generating process ended or hung on a request."""
 
 
@@ -187,7 +190,7 @@ class ReasoningGymSource:
 
     def prompt(self, slot: int) -> Prompt:
         """The training prompt of a slot, 0 <= slot < size. Raises PromptDropped."""
-        entry = self._entry("train", slot)
+        entry = self._entry("train", slot, str(self._seed))
         return self._make(f"reasoning_gym/{self.task}/{slot}", entry, str(self._seed), slot)
 
     def held_out(self, count: int) -> list[Prompt]:
@@ -199,14 +202,14 @@ class ReasoningGymSource:
         prompts: list[Prompt] = []
         questions: set[str] = set()
         reasons: set[str] = set()
-        for slot in range(_HELD_OUT_SLOTS):
+        for slot in range(_EXAM_SLOTS):
             if len(prompts) == count:
                 break
             try:
-                entry = self._entry("held_out", slot)
+                entry = self._entry("held_out", slot, _EXAM_SEED)
                 if entry["question"] not in questions:
                     prompt_id = f"reasoning_gym/{self.task}/held_out-{slot}"
-                    prompts.append(self._make(prompt_id, entry, "held_out", slot))
+                    prompts.append(self._make(prompt_id, entry, _EXAM_SEED, slot))
                     questions.add(entry["question"])
             except PromptDropped as dropped:
                 reasons.add(str(dropped))
@@ -264,16 +267,14 @@ class ReasoningGymSource:
             )
         return list(pool.items())
 
-    def _entry(self, split: str, slot: int, seed: str = "") -> dict[str, Any]:
-        if not seed:
-            seed = str(self._seed) if split == "train" else split
+    def _entry(self, split: str, slot: int, seed: str) -> dict[str, Any]:
         try:
             answer = self._generator.ask(
                 op="item",
                 task=self.task,
                 config=self._config,
                 seed=seed,
-                size=self.size if split == "train" else _HELD_OUT_SLOTS,
+                size=_EXAM_SLOTS if seed == _EXAM_SEED else self.size,
                 split=split,
                 slot=slot,
             )

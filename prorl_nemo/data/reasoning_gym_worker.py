@@ -74,21 +74,15 @@ def check(task: str, config: dict[str, Any]) -> dict[str, Any]:
 def item(
     task: str, config: dict[str, Any], seed: str, size: int, split: str, slot: int
 ) -> dict[str, Any]:
-    """The item of a slot: the first attempt whose question falls into the split.
+    """The item of a slot: the first of slot, slot + size, slot + 2 size ... that is in the split.
 
     Returns:
         {"entry": question, answer and metadata}, or {"dropped": reason}.
     """
     failure = ""
     for attempt in range(ATTEMPTS):
-        # A data set takes its items from seed + index, so attempts need seeds far apart.
-        attempt_seed = derived_seed(seed, task, split, attempt)
         try:
-            dataset = _dataset(task, config, attempt_seed, size)
-            dataset.size = size  # word_ladder shrinks it for good when an item fails.
-            random.seed(attempt_seed + slot)
-            np.random.seed(attempt_seed + slot)
-            entry = dataset[slot]
+            entry = _generate(task, config, seed, size, slot, attempt)
             question = entry["question"]
             if not isinstance(question, str) or not question.strip():
                 raise ValueError("the generator gave no question")
@@ -98,6 +92,31 @@ def item(
         except Exception as error:  # One bad item must not end a run of thousands of steps.
             failure = _one_line(error)
     return {"dropped": f"generator failed: {failure}" if failure else f"no question for {split}"}
+
+
+def _generate(
+    task: str, config: dict[str, Any], seed: str, size: int, slot: int, attempt: int
+) -> dict[str, Any]:
+    dataset_seed = derived_seed(seed, task)
+    dataset = _dataset(task, config, dataset_seed, size)
+    # Items are made from seed + index, so one data set serves all attempts. (Some take seconds to
+    # build.) The size is virtual; word_ladder checks it, and shrinks it when an item fails.
+    dataset.size = size * ATTEMPTS
+    index = slot + attempt * size
+    _seed_global_states(dataset_seed + index)
+    try:
+        entry: dict[str, Any] = dataset[index]
+    except IndexError:
+        # A few hold a real list of `size` items: they need another list.
+        dataset = _dataset(task, config, derived_seed(seed, task, attempt), size)
+        _seed_global_states(dataset_seed + index)
+        entry = dataset[slot]
+    return entry
+
+
+def _seed_global_states(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
 
 
 def _dataset(task: str, config: dict[str, Any], seed: int, size: int) -> Any:

@@ -57,37 +57,57 @@ def read_model_spec(folder: Path) -> ModelSpec:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ModelError(f"model: {path} cannot be read ({error})") from None
-    family = config.get("model_type")
+    family = config.get("model_type") if isinstance(config, dict) else None
     if family not in FAMILIES:
         raise ModelError(
             f"model: {path} has model_type {family!r}; mapped families: {', '.join(FAMILIES)}"
         )
     _refuse_unmapped(config, path)
-    try:
-        heads = int(config["num_attention_heads"])
-        return ModelSpec(
-            family=family,
-            layers=int(config["num_hidden_layers"]),
-            hidden=int(config["hidden_size"]),
-            ffn=int(config["intermediate_size"]),
-            heads=heads,
-            groups=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or int(config["hidden_size"]) // heads),
-            vocab=int(config["vocab_size"]),
-            norm_eps=float(config["rms_norm_eps"]),
-            rope_theta=float(_rope(config)["rope_theta"]),
-            max_positions=int(config["max_position_embeddings"]),
-            tied=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=family == "qwen2",
-            qk_norm=family == "qwen3",
+    heads = _positive(config, "num_attention_heads", path)
+    hidden = _positive(config, "hidden_size", path)
+    groups = _positive(config, "num_key_value_heads", path, default=heads)
+    if heads % groups or ("head_dim" not in config and hidden % heads):
+        raise ModelError(
+            f"model: {path}: num_attention_heads ({heads}) must be a multiple of "
+            f"num_key_value_heads ({groups}) and, without a head_dim, divide hidden_size ({hidden})"
         )
-    except KeyError as error:
-        raise ModelError(f"model: {path} lacks {error}") from None
+    return ModelSpec(
+        family=family,
+        layers=_positive(config, "num_hidden_layers", path),
+        hidden=hidden,
+        ffn=_positive(config, "intermediate_size", path),
+        heads=heads,
+        groups=groups,
+        head_dim=_positive(config, "head_dim", path, default=hidden // heads),
+        vocab=_positive(config, "vocab_size", path),
+        norm_eps=float(_positive(config, "rms_norm_eps", path, kind=float)),
+        rope_theta=float(_positive(_rope(config), "rope_theta", path, kind=float)),
+        max_positions=_positive(config, "max_position_embeddings", path),
+        tied=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+    )
+
+
+def _positive(
+    config: dict[str, Any],
+    key: str,
+    path: Path,
+    *,
+    default: int | None = None,
+    kind: type[float] = int,
+) -> Any:
+    value = config.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | kind) or not 0 < value < math.inf:
+        raise ModelError(f"model: {path}: {key} must be a positive number, found {value!r}")
+    return value
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
     """Rope settings, where transformers 5 (`rope_parameters`) and 4 keep them."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = dict(found) if isinstance(found, dict) else {"rope_type": found}
     if "rope_theta" not in rope:
         rope["rope_theta"] = config.get("rope_theta", 10000.0)
     return rope
@@ -121,8 +141,11 @@ def check_layout(policy: Policy, spec: ModelSpec) -> None:
     """
     tp, pp = policy.tensor_parallel, policy.pipeline_parallel
     problems = []
-    for what, size in (("attention heads", spec.heads), ("key/value heads", spec.groups),
-                       ("feed-forward width", spec.ffn)):
+    for what, size in (
+        ("attention heads", spec.heads),
+        ("key/value heads", spec.groups),
+        ("feed-forward width", spec.ffn),
+    ):
         if size % tp:
             problems.append(
                 f"policy.tensor_parallel: {tp} does not divide the model's {size} {what}; "

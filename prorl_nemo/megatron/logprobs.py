@@ -132,7 +132,7 @@ def _product(hidden: Tensor, weight: Tensor) -> Tensor:
     if hidden.is_cuda:
         return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
     # fp32 operands that hold bf16 values lose nothing in oneDNN's bf16 kernel, which is faster.
-    settings = torch.backends.mkldnn.matmul
+    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before, settings.fp32_precision = settings.fp32_precision, "bf16"
     try:
         return hidden.float() @ weight.float().t()

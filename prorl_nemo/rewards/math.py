@@ -23,6 +23,11 @@ MAX_ANSWER = 400
 _MAX_DEPTH = 15  # math-verify's grammar takes seconds on deep nests
 _DECIMALS = 10
 _BASE = re.compile(r"_\{?(\d+)\}?$")
+_SHAPES = (
+    r"\frac{1}{3} + x", r"\sqrt{2}", r"x^2 - 3x", r"(3, \frac{\pi}{2})", r"\{1, 2\}", r"2x = 3",
+    r"(-\infty, 2) \cup [3, 4]", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"x \ge 2", r"\text{a}",
+    r"\sin x", r"1 \pm \sqrt{19}", r"10^{5}", r"2i", r"12_5", "5!", r"\log_2 3", r"\binom{5}{2}",
+)  # fmt: skip
 # Computing these can hang; an answer that leaves them uncomputed is not an answer.
 _UNFINISHED = re.compile(r"\\(?:sum|prod|int|oint|iint|lim)(?![a-zA-Z])")
 _LONG_EXPONENT = re.compile(r"(?:\^|\*\*)\s*[({]*\s*[+-]?\s*\d{5,}")
@@ -152,4 +157,6 @@ def _parse(latex: str) -> list[Any]:
 def warm_up() -> None:
     """Import the libraries and build the parser's tables, before workers are forked."""
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    _math_verify(r"\frac{1}{3} + x", r"x + \frac{2}{6}")
+    # The parser learns its tables as it reads: one expression of every common shape.
+    for latex in _SHAPES:
+        _math_verify(latex, latex + "+1")

@@ -80,8 +80,10 @@ def run_check(recipe: Recipe, json_file: Path | None = None) -> bool:
     ):
         for line in _lines(session, status.update):
             lines.append(line)
-            console.print(f"[{'green' if line.ok else 'red'}]{'ok' if line.ok else 'FAILED':>6}[/]"
-                          f"  {line.name}")
+            console.print(
+                f"[{'green' if line.ok else 'red'}]{'ok' if line.ok else 'FAILED':>6}[/]"
+                f"  {line.name}"
+            )
     console.print(_table(recipe, lines))
     console.print(f"{len(lines)} checks in {time.monotonic() - started:.0f} s")
     if json_file:
@@ -130,7 +132,9 @@ def _lines(session: Session, status: Callable[[str], None]) -> Iterator[Line]:
 def _graders(graders: GraderPool, prompts: Sequence[Prompt]) -> Iterator[Line]:
     """The gold answer must score 1 and an empty response 0, for one prompt of each task."""
     chosen = {prompt.task: prompt for prompt in prompts}
-    golds = [(p.grading, f"<answer>{p.grading['entry']['answer']}</answer>") for p in chosen.values()]
+    golds = [
+        (p.grading, f"<answer>{p.grading['entry']['answer']}</answer>") for p in chosen.values()
+    ]
     full = graders.grade_many(golds)
     empty = graders.grade_many([(grading, "") for grading, _ in golds])
     for task, gold, nothing in zip(chosen, full, empty, strict=True):

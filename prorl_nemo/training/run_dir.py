@@ -23,7 +23,10 @@ from prorl_nemo.strict_yaml import dump_yaml
 RESUMABLE = (
     "runs_dir",
     "policy.tensor_parallel",
+    "policy.sequence_parallel",
     "policy.pipeline_parallel",
+    "policy.virtual_pipeline",
+    "policy.context_parallel",
     "policy.data_parallel",
     "policy.threads",
     "policy.tokens_per_microbatch",

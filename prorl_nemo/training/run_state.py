@@ -41,17 +41,15 @@ class Checkpoints:
     def path(self, step: int) -> Path:
         return self.folder / f"step_{step:06d}"
 
-    def save(
-        self, step: int, state: dict[str, Any], save_policy: Callable[[Path], None]
-    ) -> Path:
+    def save(self, step: int, state: dict[str, Any], save_policy: Callable[[Path], None]) -> Path:
         """Write the checkpoint of a finished step. Returns its folder.
 
         Raises:
-            OSError: nothing was changed but perhaps a folder `writing_...` is left, which the
-                next save removes.
+            OSError: nothing was changed but perhaps a folder `writing_...` or `deleting_...` is
+                left, which the next save removes.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob("writing_*"):
+        for leftover in [*self.folder.glob("writing_*"), *self.folder.glob("deleting_*")]:
             shutil.rmtree(leftover)
         aside = self.folder / f"writing_{step:06d}"
         (aside / "policy").mkdir(parents=True)
@@ -59,19 +57,27 @@ class Checkpoints:
         (aside / "state.json").write_text(json.dumps(state))
         for file in [*aside.rglob("*"), aside]:
             _flush(file)
-        if self.path(step).exists():
-            shutil.rmtree(self.path(step))
+        self._delete(step)
         aside.rename(self.path(step))
         _flush(self.folder)
         for old in self.steps()[: -self.keep_last]:
-            shutil.rmtree(self.path(old))
+            self._delete(old)
         return self.path(step)
+
+    def _delete(self, step: int) -> None:
+        """Rename first: a process killed while it deletes must not leave half a checkpoint."""
+        if self.path(step).exists():
+            aside = self.folder / f"deleting_{step:06d}"
+            self.path(step).rename(aside)
+            shutil.rmtree(aside)
 
     def read_state(self, step: int) -> dict[str, Any]:
         """The `state.json` of a checkpoint. Raises UserError if it is damaged."""
         path = self.path(step) / "state.json"
         try:
             state: dict[str, Any] = json.loads(path.read_text())
+            if not isinstance(state, dict):
+                raise ValueError("not a JSON object")
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{path}: damaged ({error}); delete {path.parent} to resume from the one before"

@@ -1,4 +1,4 @@
-"""The running parts of a run: trainer ranks, engines, graders, prompts. Opened and closed as one."""
+"""The running parts of a run (ranks, engines, graders, prompts), opened and closed as one."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ WEIGHT_DECAY, CLIP_GRAD = 0.1, 1.0
 BETAS = (0.9, 0.999)
 # Adam's first update is g / (|g| + eps): with the usual 1e-8, a gradient smaller than its own
 # rounding (about 1e-9 here) would move a weight by any part of the learning rate.
-EPS = 1e-6
+EPS = 1e-5
 
 # Every figure a split can get wrong differs from the others: heads x head_dim is not hidden,
 # groups are fewer than heads, widths are no powers of two, 301 divides by none of the ranks.

@@ -26,7 +26,7 @@ class RankPool:
         limit_s: seconds a task may take before its ranks are given up.
     """
 
-    def __init__(self, limit_s: float = 120.0) -> None:
+    def __init__(self, limit_s: float = 240.0) -> None:
         self._limit_s = limit_s
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["prorl_nemo.megatron.policy_worker"])

@@ -40,17 +40,16 @@ def test_reference_answers_get_full_marks(tmp_path: Path) -> None:
         source = ReasoningGymSource(
             task, {}, size=1000, seed=7, renderer=renderer, generator=generator
         )
-        for slot in (0, 1):
-            try:
-                prompt = source.prompt(slot)
-            except PromptDropped as dropped:
-                pytest.fail(f"{task}: {dropped}")
-            # As it comes out of a samples file or a checkpoint.
-            grading = json.loads(json.dumps(prompt.grading))
-            answer = grading["entry"]["answer"]
-            assert (answer is None) is (task in WITHOUT_REFERENCE), task
-            if answer is not None:
-                cases.append((grading, in_answer_tags(answer)))
+        try:
+            prompt = source.prompt(0)
+        except PromptDropped as dropped:
+            pytest.fail(f"{task}: {dropped}")
+        # As it comes out of a samples file or a checkpoint.
+        grading = json.loads(json.dumps(prompt.grading))
+        answer = grading["entry"]["answer"]
+        assert (answer is None) is (task in WITHOUT_REFERENCE), task
+        if answer is not None:
+            cases.append((grading, in_answer_tags(answer)))
     generator.close()
     with GraderPool(workers=1) as pool:
         verdicts = pool.grade_many(cases)

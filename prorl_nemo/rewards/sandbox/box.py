@@ -16,7 +16,7 @@ from prorl_nemo.rewards.sandbox.backends import Backend, start
 
 MAX_OUTPUT = 8 << 20  # bytes; the longest expected outputs of contest problems are some 2 MB
 _START_S = 60.0
-_COMPILE_S = 20.0
+_COMPILE_CPU_S, _COMPILE_WALL_S = 10.0, 30.0
 _COMPILE_MEMORY = 2 << 30
 _COMPILE_FILE = 64 << 20
 _SLACK_S = 5.0
@@ -121,7 +121,8 @@ class Box:
             "filter": seccomp.build(threads=True, programs=language == "cpp"),
             "compile": {
                 "command": _COMPILER,
-                "seconds": _COMPILE_S,
+                "cpu": _COMPILE_CPU_S,
+                "wall": _COMPILE_WALL_S,
                 "memory": _COMPILE_MEMORY,
                 "file": _COMPILE_FILE,
             },
@@ -135,7 +136,7 @@ class Box:
             why = said.decode("utf-8", "replace").strip()[-500:] or repr(error)
             raise SandboxError(f"sandbox {name}: the box did not start: {why}") from None
         try:
-            prepared = self._receive(time.monotonic() + _COMPILE_S + _SLACK_S)
+            prepared = self._receive(time.monotonic() + _COMPILE_WALL_S + _SLACK_S)
         except TimeoutError:
             raise CompileError("timed out") from None
         except (EOFError, OSError):

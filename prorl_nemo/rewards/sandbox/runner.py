@@ -100,10 +100,10 @@ class _Runner:
             file.write(source)
         limits = self._setup["compile"]
         environment = {"PATH": "/usr/bin:/bin", "TMPDIR": folder, "LC_ALL": "C"}
+        command = [*limits["command"], path, "-o", output]
         status, code, _, _, _, messages = self._supervise(
-            lambda: os.execve(limits["command"][0], [*limits["command"], path, "-o", output],
-                              environment),
-            b"", limits["seconds"], limits["seconds"], limits["memory"], limits["file"], None,
+            lambda: os.execve(command[0], command, environment),
+            b"", limits["cpu"], limits["wall"], limits["memory"], limits["file"], None,
         )  # fmt: skip
         if status != FINISHED or code != 0:
             why = messages.decode("utf-8", "replace").strip()

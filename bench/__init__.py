@@ -1,0 +1,1 @@
+"""Speed and memory against peers or limits in one run: `python -m bench NAME --json F`."""

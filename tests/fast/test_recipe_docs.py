@@ -1,0 +1,38 @@
+"""docs/recipes.md is what the schema says today."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from prorl_nemo.recipe_docs import render
+
+PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
+
+
+def test_the_committed_page_is_current() -> None:
+    assert PAGE.read_text(encoding="utf-8") == render(), "run python -m prorl_nemo.recipe_docs"
+
+
+def test_every_link_leads_to_a_section() -> None:
+    page = render()
+    anchors = {
+        heading.replace(".", "").lower() for heading in re.findall(r"^## `(.*)`$", page, re.M)
+    }
+    links = set(re.findall(r"\]\(#(.*?)\)", page))
+    assert links == anchors
+
+
+def test_rows_by_hand() -> None:
+    page = render()
+    for row in (
+        "| `coefficient` | number ≥ 0 | `0.0001` | Beta. Technical report of v1: 1e-4. |",
+        "| `data_parallel` ↻ | whole number ≥ 1 | `1` | Copies of the model; they split the batch. |",
+        "| `precision` | `bf16`, `fp32` or null | `null` | The engine's type; default: the policy's. |",
+        "| `sources` | list of [section](#datasourcesn) | required | The mix of tasks, one entry each. |",
+        "| `overlong` | [section](#shapingoverlong) or null | `null` | DAPO's length penalty; null is "
+        "off. |",
+        "| `betas` | list of 2: number ≥ 0, < 1 | `[0.9, 0.999]` | Decay of Adam's two moments. |",
+    ):
+        assert row in page
+    assert not re.search(r"\|\s*\|$", page.replace("| key | value | default | |", ""), re.M)
