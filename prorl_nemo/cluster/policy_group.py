@@ -68,7 +68,9 @@ class PolicyGroup:
         threads = recipe.policy.threads
         if threads:
             variables["OMP_NUM_THREADS"] = str(threads)
-        actor = _Rank.options(num_cpus=0, runtime_env={"env_vars": variables})
+        actor = _Rank.options(  # type: ignore[attr-defined]
+            num_cpus=0, runtime_env={"env_vars": variables}
+        )
         self._ranks = [actor.remote(recipe, folder, rank) for rank in range(recipe.policy.ranks)]
         address = _get(self._ranks[0].address.remote())
         _get([rank.start.remote(address) for rank in self._ranks])

@@ -191,8 +191,7 @@ def _whole_optimizer_state(
     """Main weights and moments of every parameter, whole over data parallelism, on the host."""
     whole = {
         name: {
-            what: torch.zeros(parameter.shape, dtype=torch.float32)
-            for what in ("main", *_MOMENTS)
+            what: torch.zeros(parameter.shape, dtype=torch.float32) for what in ("main", *_MOMENTS)
         }
         for name, parameter in parameters.items()
     }

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from prorl_nemo.errors import ModelError, RecipeError
+from prorl_nemo.megatron.packing_plan import CostModel
 from prorl_nemo.recipe import Policy
 
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -126,6 +127,20 @@ def _refuse_unmapped(config: dict[str, Any], path: Path) -> None:
     found = [name for name, present in unmapped.items() if present]
     if found:
         raise ModelError(f"model: {path} uses {', '.join(found)}, which this project does not map")
+
+
+def cost_model(spec: ModelSpec) -> CostModel:
+    """FLOPs of a training step's parts, forward and backward.
+
+    A product costs 2 FLOPs for each weight (or pair of tokens and channel), backward twice as
+    much; the output head is computed once more in backward.
+    """
+    attention = spec.hidden * spec.head_dim * (2 * spec.heads + 2 * spec.groups)
+    return CostModel(
+        token=6.0 * spec.layers * (attention + 3 * spec.hidden * spec.ffn),
+        target=8.0 * spec.vocab * spec.hidden,
+        pair=12.0 * spec.layers * spec.heads * spec.head_dim,
+    )
 
 
 def padded_vocab(spec: ModelSpec, tensor_parallel: int) -> int:

@@ -206,9 +206,7 @@ def _block_spec(spec: ModelSpec, config: TransformerConfig, stage: int) -> Any:
     )
 
     layers = get_num_layers_to_build(config, vp_stage=stage)
-    return TransformerBlockSubmodules(
-        layer_specs=[layer_spec(spec)] * layers, layer_norm=RMSNorm
-    )
+    return TransformerBlockSubmodules(layer_specs=[layer_spec(spec)] * layers, layer_norm=RMSNorm)
 
 
 def weight_shape(spec: ModelSpec, policy: Policy) -> hf_weights.Shape:

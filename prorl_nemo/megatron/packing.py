@@ -18,8 +18,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from numpy.typing import NDArray
 from torch import Tensor
 
 from prorl_nemo.megatron.packing_plan import TrainingItem
@@ -82,44 +84,51 @@ def build_row(
     The padding is a tree of its own, so nothing attends to it. No items give a row of padding,
     which takes part in every collective and adds nothing.
     """
-    ids: list[int] = []
-    positions: list[int] = []
-    hidden: list[int] = []
-    targets: list[int] = []
+    ids: list[NDArray[np.int64]] = []
+    positions: list[NDArray[np.int64]] = []
+    hidden: list[NDArray[np.int64]] = []
+    targets: list[NDArray[np.int64]] = []
     trees: list[Tree] = []
+    length = 0
     for item in items:
-        if not item.prompt_ids or not all(len(r) for r in item.responses):
+        if not len(item.prompt_ids) or not all(len(r) for r in item.responses):
             raise ValueError("a prompt and each of its responses need at least one token")
-        start, prompt = len(ids), len(item.prompt_ids)
-        ids.extend(item.prompt_ids)
-        positions.extend(range(prompt))
+        start, prompt = length, len(item.prompt_ids)
+        ids.append(np.asarray(item.prompt_ids))
+        positions.append(np.arange(prompt))
+        length += prompt
         for response in item.responses:
-            first = len(ids)
-            ids.extend(response)
-            positions.extend(range(prompt, prompt + len(response)))
-            hidden.append(start + prompt - 1)
-            hidden.extend(range(first, first + len(response) - 1))
-            targets.extend(response)
+            ids.append(np.asarray(response))
+            targets.append(ids[-1])
+            positions.append(np.arange(prompt, prompt + len(response)))
+            hidden.append(np.arange(length - 1, length + len(response) - 1))
+            # The first token is predicted by the prompt's last, wherever the response lies.
+            hidden[-1][0] = start + prompt - 1
+            length += len(response)
         trees.append(Tree(start, prompt, tuple(len(r) for r in item.responses)))
-    padding = -len(ids) % multiple_of if ids else multiple_of
+    padding = -length % multiple_of if items else multiple_of
     if padding:
-        trees.append(Tree(len(ids), padding, ()))
-        ids.extend([0] * padding)
-        positions.extend(range(padding))
+        trees.append(Tree(length, padding, ()))
+        ids.append(np.zeros(padding, dtype=np.int64))
+        positions.append(np.arange(padding))
     return PackedRow(
         qkv_format="sbhd",
-        input_ids=torch.tensor([ids], dtype=torch.int64),
-        position_ids=torch.tensor(positions, dtype=torch.int64),
+        input_ids=_joined(ids)[None],
+        position_ids=_joined(positions),
         trees=tuple(trees),
-        tokens=len(ids),
-        pieces=((0, len(ids)),),
-        hidden_index=torch.tensor(hidden, dtype=torch.int64),
-        targets=torch.tensor(targets, dtype=torch.int64),
-        target_index=torch.arange(len(targets)),
+        tokens=length + padding,
+        pieces=((0, length + padding),),
+        hidden_index=_joined(hidden),
+        targets=_joined(targets),
+        target_index=torch.arange(sum(map(len, targets))),
         sample_ids=tuple(i for item in items for i in item.sample_ids),
         sample_lengths=tuple(len(r) for item in items for r in item.responses),
         temperature=temperature,
     )
+
+
+def _joined(parts: list[NDArray[np.int64]]) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *parts]))
 
 
 def context_share(row: PackedRow, rank: int, ranks: int) -> PackedRow:

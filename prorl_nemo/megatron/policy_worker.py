@@ -23,8 +23,8 @@ from torch import Tensor
 from prorl_nemo.algorithms.kl import kl_estimate
 from prorl_nemo.algorithms.policy_loss import clipped_policy_loss, importance_weights
 from prorl_nemo.megatron.cpu import enable_cpu
-from prorl_nemo.megatron.layout import check_layout, read_model_spec
-from prorl_nemo.megatron.packing_plan import TrainingItem, pack, split_over_ranks
+from prorl_nemo.megatron.layout import check_layout, cost_model, read_model_spec
+from prorl_nemo.megatron.packing_plan import plan_rows
 from prorl_nemo.recipe import Recipe
 from prorl_nemo.rollout.weights import tensor_checksum
 from prorl_nemo.training.batch import StepSettings, TrainingBatch
@@ -158,11 +158,12 @@ class PolicyWorker:
     def _rows(self, batch: TrainingBatch, groups: range) -> list[PackedRow]:
         """The packed rows of these groups that this rank takes part in."""
         policy = self.policy
-        items = batch.items(groups, policy.shared_prompts)
+        items = batch.items(groups, policy.shared_prompts, policy.tokens_per_microbatch)
         plan = plan_rows(
             items,
             policy.tokens_per_microbatch,
             parallel_state.get_data_parallel_world_size(),
+            cost_model(self.spec),
             # The interleaved schedule needs a row for each pipeline rank.
             policy.pipeline_parallel if policy.virtual_pipeline > 1 else 1,
         )
@@ -374,24 +375,6 @@ class PolicyWorker:
         checkpoint.load(folder, self.chunks, self.optimizer, self.reference)
 
 
-def plan_rows(
-    items: list[TrainingItem], budget: int, ranks: int, rows_per_rank: int = 1
-) -> list[list[list[int]]]:
-    """For each data-parallel rank, its rows as lists of item indices.
-
-    The budget is halved until every rank has `rows_per_rank` rows, or every item one. Ranks
-    that then still lack rows get empty ones: a rank that takes no part would leave the others
-    waiting in a collective.
-    """
-    rows = pack(items, budget)
-    while len(rows) < min(ranks * rows_per_rank, len(items)):
-        budget //= 2
-        rows = pack(items, max(budget, 1))
-    costs = [sum(items[i].tokens for i in row) for row in rows]
-    plan = [[rows[r] for r in share] for share in split_over_ranks(costs, ranks)]
-    return [share + [[]] * (rows_per_rank - len(share)) for share in plan]
-
-
 def interleaved_group(rows: int, stages: int) -> int:
     """Rows an interleaved schedule computes with one chunk before it turns to the next.
 
@@ -412,9 +395,7 @@ def _whole_row(row: PackedRow, held: Tensor) -> Tensor:
     return whole
 
 
-def _flat(
-    figures: list[NDArray[np.float32]], row: PackedRow, device: torch.device
-) -> Tensor:
+def _flat(figures: list[NDArray[np.float32]], row: PackedRow, device: torch.device) -> Tensor:
     """Per-token figures of the row's samples, end to end."""
     return torch.from_numpy(np.concatenate([figures[s] for s in row.sample_ids])).to(device)
 

@@ -80,6 +80,10 @@ def score(task: str, scorer: Any, answer: str, entry: dict[str, Any]) -> Verdict
     refusal = _refusal(task, answer, entry)
     if refusal:
         return zero(f"refused: {refusal}")
+    if task in _TUPLES:
+        metadata = entry["metadata"]
+        board = tuple(tuple(row) for row in metadata["output"])
+        entry = entry | {"metadata": metadata | {"output": board}}
     try:
         raw = float(scorer.score_answer(answer, entry))
     except Exception as error:  # the library's scorers raise on parseable but odd answers
@@ -90,6 +94,16 @@ def score(task: str, scorer: Any, answer: str, entry: dict[str, Any]) -> Verdict
     correct = _CORRECTED.get(task)
     value = correct(answer, entry, upstream) if correct else upstream
     return Verdict(value, {"upstream": upstream}, _describe(value))
+
+
+def extra_seconds(grading: dict[str, Any]) -> float:
+    """Building these scorers takes seconds, once for each worker: not the response's fault."""
+    return 10.0 if grading.get("task") in _SLOW_TO_BUILD else 0.0
+
+
+# Compared with tuples, which JSON turned into lists.
+_TUPLES = frozenset({"arc_agi", "rearc"})
+_SLOW_TO_BUILD = frozenset({"arc_agi", "figlet_font", "rearc"})
 
 
 def _describe(value: float) -> str:

@@ -22,6 +22,10 @@ from prorl_nemo.rewards.verdict import GradingError, Verdict, zero
 MAX_ANSWER = 400
 _MAX_DEPTH = 15  # math-verify's grammar takes seconds on deep nests
 _DECIMALS = 10
+# What a gold answer with more than one member, or that stands for an interval, contains.
+_SEVERAL = re.compile(
+    r"[,;<>]|\\(?:cup|pm|mp|le|ge|leq|geq|in|begin|text|infty|mathbb)(?![a-zA-Z])"
+)
 _BASE = re.compile(r"_\{?(\d+)\}?$")
 _SHAPES = (
     r"\frac{1}{3} + x", r"\sqrt{2}", r"x^2 - 3x", r"(3, \frac{\pi}{2})", r"\{1, 2\}", r"2x = 3",
@@ -103,6 +107,8 @@ def _same(gold: str, answer: str) -> bool | None:
             return True
         ordered = ours[0] not in ("\\{\\}", "[]")
         return False if ordered and any(pair is False for pair in pairs) else None
+    if theirs and not _SEVERAL.search(gold):
+        return False  # several members for a single answer
     same = same_value(tidy(gold), tidy(answer))
     # 1.41421356237 is not the square root of 2: math-verify decides on roundings.
     return None if same and "." in answer else same

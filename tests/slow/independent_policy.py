@@ -165,9 +165,7 @@ def train(model: torch.nn.Module, data: Data) -> tuple[list[float], list[float]]
     return losses, norms
 
 
-def _logprobs(
-    model: torch.nn.Module, data: Data, sample: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _logprobs(model: torch.nn.Module, data: Data, sample: int) -> tuple[torch.Tensor, torch.Tensor]:
     prompt = next(p for p, group in zip(data.prompts, data.groups, strict=True) if sample in group)
     response = torch.from_numpy(data.responses[sample])
     logits = model(torch.cat((torch.tensor(prompt), response))[None]).logits[0]

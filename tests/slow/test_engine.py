@@ -341,9 +341,7 @@ def test_an_engine_lost_during_an_update_gets_it_all(
     assert last_restart(events)[0] == "died"
 
 
-def test_an_engine_lost_while_idle_is_replaced_when_needed(
-    fleet: Fleet, events: list[Any]
-) -> None:
+def test_an_engine_lost_while_idle_is_replaced_when_needed(fleet: Fleet, events: list[Any]) -> None:
     kill_first(fleet, signal.SIGKILL)
     before = len(events)
     results = generate(fleet, long_requests("idle"))

