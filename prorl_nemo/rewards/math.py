@@ -8,9 +8,11 @@ only tame text, because it can hang or take gigabytes on the rest.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import re
 from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
 from prorl_nemo.rewards.extraction import final_part, last_box
@@ -132,11 +134,9 @@ def _depth(text: str) -> int:
 
 
 def _math_verify(gold: str, answer: str) -> bool:
-    from math_verify import verify
-
     parsed = _parse(tidy(answer))
     # No timeouts of its own: they are SIGALRM, which the worker needs for its soft limit.
-    return bool(parsed) and verify(
+    return bool(parsed) and _library().verify(
         _parse_gold(gold),
         parsed,
         # The default 6 takes 3.141593 for pi.
@@ -153,16 +153,22 @@ def _parse_gold(gold: str) -> list[Any]:
 
 def _parse(latex: str) -> list[Any]:
     """math-verify's reading of one expression; only LaTeX, which is never evaluated as code."""
-    from math_verify import LatexExtractionConfig, parse
-
-    config = [LatexExtractionConfig(boxed_match_priority=0)]
-    parsed: list[Any] = parse(rf"\boxed{{{latex}}}", extraction_config=config, parsing_timeout=None)
+    library = _library()
+    config = [library.LatexExtractionConfig(boxed_match_priority=0)]
+    text = rf"\boxed{{{latex}}}"
+    parsed: list[Any] = library.parse(text, extraction_config=config, parsing_timeout=None)
     return parsed
+
+
+@lru_cache(maxsize=1)
+def _library() -> ModuleType:
+    # It warns, for each process, that its timeouts are off.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    return importlib.import_module("math_verify")
 
 
 def warm_up() -> None:
     """Import the libraries and build the parser's tables, before workers are forked."""
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
     # The parser learns its tables as it reads: one expression of every common shape.
     for latex in _SHAPES:
         _math_verify(latex, latex + "+1")

@@ -194,7 +194,7 @@ class GraderPool:
     def _grade(self, request: _Request, processes: dict[bool, _Worker]) -> Verdict:
         kind = kind_of(request.grading)
         self._template.load(str(request.grading["kind"]))
-        extra = getattr(kind.load(), "extra_seconds", None) if not kind.confined else None
+        extra = getattr(kind.load(), "extra_seconds", None)
         more = float(extra(request.grading)) if extra else 0.0
         worker = processes.pop(kind.confined, None)
         if worker is not None and not worker.fit(self._template.generation):
