@@ -52,7 +52,7 @@ def load_yaml(text: str) -> Any:
 
 def dump_yaml(value: Any) -> str:
     """Text that `load_yaml` and any reader of YAML 1.1 read back as `value` (JSON's types)."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=False)
 
 
 class _Loader(yaml.SafeLoader):

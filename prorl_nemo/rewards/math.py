@@ -25,9 +25,7 @@ MAX_ANSWER = 400
 _MAX_DEPTH = 15  # math-verify's grammar takes seconds on deep nests
 _DECIMALS = 10
 # What a gold answer with more than one member, or that stands for an interval, contains.
-_SEVERAL = re.compile(
-    r"[,;<>]|\\(?:cup|pm|mp|le|ge|leq|geq|in|begin|text|infty|mathbb)(?![a-zA-Z])"
-)
+_SEVERAL = re.compile(r"[,;<>]|\\(?:cup|pm|mp|le|ge|leq|geq|in|begin|infty|mathbb)(?![a-zA-Z])")
 _BASE = re.compile(r"_\{?(\d+)\}?$")
 _SHAPES = (
     r"\frac{1}{3} + x", r"\sqrt{2}", r"x^2 - 3x", r"(3, \frac{\pi}{2})", r"\{1, 2\}", r"2x = 3",

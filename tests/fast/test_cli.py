@@ -157,9 +157,9 @@ def test_grading_a_file(prorl: Run, tmp_path: Path) -> None:
     refused(prorl("grade", tmp_path / "absent.jsonl"), "absent.jsonl: No such file")
     file = tmp_path / "responses.jsonl"
     record = (
-        '{"grading": {"kind": "multiple_choice", "answer": "B"}, "response": "The answer is %s"}'
+        '{"grading": {"kind": "multiple_choice", "answer": "B"}, "response": "\\\\boxed{%s}"}'
     )
-    file.write_text(record % "(B)" + "\n" + record % "(A)" + "\n")
+    file.write_text(record % "B" + "\n" + record % "A" + "\n")
     result = prorl("grade", file, "--workers", "1")
     assert result.exit_code == 0
     assert "0.5000" in result.stdout  # One of two is right.
