@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +213,10 @@ def _gradient_line(session: Session, batch: TrainingBatch) -> Line:
     plain.policy.shared_prompts = False
     plain.policy.tokens_per_microbatch = 1 << 30
     with _policy(plain, session.folder) as single:
-        there = single.gradient_norm(batch, settings)
+        # Its own log-probs as the old ones, as in training: the ratio is then exactly 1 in both.
+        old, _ = single.logprobs(batch)
+        own = replace(batch, old_logprobs=old, reference_logprobs=old)
+        there = single.gradient_norm(own, settings)
     return _within(
         "gradient norm against one rank and one micro-batch",
         abs(here - there) / there,
