@@ -34,6 +34,7 @@ class Shape:
 
     heads: int
     groups: int
+    padded_groups: int
     head_dim: int
     vocab: int
     padded_vocab: int
@@ -94,24 +95,40 @@ def _gate_up(prefix: str) -> Rule:
 def _qkv(prefix: str, kind: str, shape: Shape) -> Rule:
     names = tuple(f"{prefix}.{p}_proj.{kind}" for p in "qkv")
     per_group = shape.heads // shape.groups
+    added = shape.padded_groups - shape.groups
 
     def load(get: Get, rank: int, ranks: int) -> Tensor:
-        mine = slice(rank * shape.groups // ranks, (rank + 1) * shape.groups // ranks)
+        share = shape.padded_groups // ranks
+        mine = slice(rank * share, (rank + 1) * share)
         q, k, v = (get(name) for name in names)
         rest = q.shape[1:]
-        q = q.view(shape.groups, per_group * shape.head_dim, *rest)[mine]
-        k = k.view(shape.groups, shape.head_dim, *rest)[mine]
-        v = v.view(shape.groups, shape.head_dim, *rest)[mine]
-        return torch.cat((q, k, v), dim=1).reshape(-1, *rest)
+        q = q.view(shape.groups, per_group * shape.head_dim, *rest)
+        k = k.view(shape.groups, shape.head_dim, *rest)
+        v = v.view(shape.groups, shape.head_dim, *rest)
+        whole = torch.cat((q, k, v), dim=1)
+        whole = torch.cat((whole, whole.new_zeros(added, *whole.shape[1:])))
+        return whole[mine].reshape(-1, *rest)
 
     def export(shards: list[Tensor]) -> list[Tensor]:
         whole = torch.cat(shards)
         rest = whole.shape[1:]
-        whole = whole.view(shape.groups, (per_group + 2) * shape.head_dim, *rest)
+        whole = whole.view(shape.padded_groups, (per_group + 2) * shape.head_dim, *rest)
+        whole = whole[: shape.groups]
         sizes = [per_group * shape.head_dim, shape.head_dim, shape.head_dim]
         return [part.reshape(-1, *rest) for part in whole.split(sizes, dim=1)]
 
     return Rule(names, load, export)
+
+
+def _output_projection(name: str, shape: Shape) -> Rule:
+    """Columns of the attention output; those of added groups are zero."""
+    width = shape.heads // shape.groups * shape.head_dim
+    columns, added = shape.groups * width, (shape.padded_groups - shape.groups) * width
+
+    def load(get: Get, rank: int, ranks: int) -> Tensor:
+        return torch.nn.functional.pad(get(name), (0, added)).chunk(ranks, 1)[rank]
+
+    return Rule((name,), load, lambda shards: [torch.cat(shards, 1)[:, :columns]])
 
 
 def rule_for(name: str, layer_offset: int, shape: Shape) -> Rule:
@@ -141,7 +158,9 @@ def rule_for(name: str, layer_offset: int, shape: Shape) -> Rule:
             "self_attention.k_layernorm.weight": _copied(f"{hf}.self_attn.k_norm.weight"),
             "self_attention.linear_qkv.weight": _qkv(f"{hf}.self_attn", "weight", shape),
             "self_attention.linear_qkv.bias": _qkv(f"{hf}.self_attn", "bias", shape),
-            "self_attention.linear_proj.weight": _split(f"{hf}.self_attn.o_proj.weight", 1),
+            "self_attention.linear_proj.weight": _output_projection(
+                f"{hf}.self_attn.o_proj.weight", shape
+            ),
             "mlp.linear_fc1.weight": _gate_up(f"{hf}.mlp"),
             "mlp.linear_fc2.weight": _split(f"{hf}.mlp.down_proj.weight", 1),
         }

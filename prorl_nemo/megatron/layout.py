@@ -148,6 +148,16 @@ def padded_vocab(spec: ModelSpec, tensor_parallel: int) -> int:
     return -(-spec.vocab // tensor_parallel) * tensor_parallel
 
 
+def padded_groups(spec: ModelSpec, tensor_parallel: int) -> int:
+    """Query groups (key/value heads) rounded up to a multiple of the tensor-parallel size.
+
+    An added group has zero weights, so its values are zero and so is every gradient to and from
+    it: it stays zero, and neither the function nor the gradient norm changes. Our choice, so that
+    a model of 9 heads in 3 groups, as SmolLM2-135M is, can be split in two.
+    """
+    return -(-spec.groups // tensor_parallel) * tensor_parallel
+
+
 def check_layout(policy: Policy, spec: ModelSpec) -> None:
     """Refuse a layout that does not divide the model, or that Megatron would compute wrongly.
 
@@ -156,17 +166,15 @@ def check_layout(policy: Policy, spec: ModelSpec) -> None:
     """
     tp, pp = policy.tensor_parallel, policy.pipeline_parallel
     problems = []
-    for what, size in (
-        ("attention heads", spec.heads),
-        ("key/value heads", spec.groups),
-        ("feed-forward width", spec.ffn),
-    ):
-        if size % tp:
-            problems.append(
-                f"policy.tensor_parallel: {tp} does not divide the model's {size} {what}; "
-                f"possible: {_divisors(_common(spec))}"
-            )
-            break
+    if not _tensor_parallel_fits(spec, tp):
+        what = (
+            f"{spec.ffn} feed-forward width" if spec.ffn % tp else f"{spec.groups} key/value heads"
+        )
+        possible = [n for n in range(1, spec.groups + 1) if _tensor_parallel_fits(spec, n)]
+        problems.append(
+            f"policy.tensor_parallel: {tp} does not divide the model's {what}; "
+            f"possible: {', '.join(map(str, possible))}"
+        )
     if spec.layers % pp:
         problems.append(
             f"policy.pipeline_parallel: {pp} does not divide the model's {spec.layers} layers; "
@@ -197,8 +205,9 @@ def check_layout(policy: Policy, spec: ModelSpec) -> None:
         raise RecipeError("\n  ".join(problems))
 
 
-def _common(spec: ModelSpec) -> int:
-    return math.gcd(math.gcd(spec.heads, spec.groups), spec.ffn)
+def _tensor_parallel_fits(spec: ModelSpec, ranks: int) -> bool:
+    """Key/value heads that do not divide are padded (`padded_groups`), but not past one a rank."""
+    return spec.ffn % ranks == 0 and (spec.groups % ranks == 0 or spec.groups > ranks)
 
 
 def _divisors(number: int) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from prorl_nemo.megatron import hf_weights
 from prorl_nemo.megatron.layers import PackedAttention, PackedRotaryEmbedding, RMSNorm
-from prorl_nemo.megatron.layout import ModelSpec, padded_vocab
+from prorl_nemo.megatron.layout import ModelSpec, padded_groups, padded_vocab
 from prorl_nemo.megatron.logprobs import response_logprobs
 from prorl_nemo.megatron.packing import PackedRow
 from prorl_nemo.recipe import Policy
@@ -74,6 +74,7 @@ def transformer_config(spec: ModelSpec, policy: Policy) -> TransformerConfig:
     early release of sent activations is off on CPU, where gloo may still be reading them.
     """
     dtype = DTYPES[policy.precision]
+    groups = padded_groups(spec, policy.tensor_parallel)
     interleaved = policy.virtual_pipeline > 1
     recompute: dict[str, Any] = {}
     if policy.recompute == "full":
@@ -88,8 +89,8 @@ def transformer_config(spec: ModelSpec, policy: Policy) -> TransformerConfig:
         num_layers=spec.layers,
         hidden_size=spec.hidden,
         ffn_hidden_size=spec.ffn,
-        num_attention_heads=spec.heads,
-        num_query_groups=spec.groups,
+        num_attention_heads=groups * (spec.heads // spec.groups),
+        num_query_groups=groups,
         kv_channels=spec.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=spec.norm_eps,
@@ -213,6 +214,7 @@ def weight_shape(spec: ModelSpec, policy: Policy) -> hf_weights.Shape:
     return hf_weights.Shape(
         spec.heads,
         spec.groups,
+        padded_groups(spec, policy.tensor_parallel),
         spec.head_dim,
         spec.vocab,
         padded_vocab(spec, policy.tensor_parallel),

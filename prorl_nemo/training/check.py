@@ -40,8 +40,8 @@ MISMATCH_LIMIT = {"bf16": 0.03, "fp32": 1e-3}
 # Relative difference of the gradient norm between layouts. In bf16 another split rounds
 # activations elsewhere; in fp32 only the order of sums differs.
 GRADIENT_LIMIT = {"bf16": 0.02, "fp32": 1e-4}
-_PROMPTS = 4
-_SAMPLES = 4
+_PROMPTS = 6
+_SAMPLES = 6
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,10 @@ def _sample(session: Session) -> TrainingBatch:
     sampler = DynamicSampler(
         session.fleet, session.graders, session.prompts.stream, recipe.seed + session.version
     )
-    prompts = [(prompt, 0) for prompt in session.prompts.validation[:_PROMPTS]]
+    held_out = session.prompts.validation
+    # Every n-th, so that all tasks are seen: they are listed one after the other.
+    chosen = held_out[:: max(1, len(held_out) // _PROMPTS)][:_PROMPTS]
+    prompts = [(prompt, 0) for prompt in chosen]
     groups = sampler.sample_all(
         prompts, Sampling(_SAMPLES, stage.temperature, stage.max_response_tokens)
     )
