@@ -156,9 +156,7 @@ def test_report_of_nothing(prorl: Run, tmp_path: Path) -> None:
 def test_grading_a_file(prorl: Run, tmp_path: Path) -> None:
     refused(prorl("grade", tmp_path / "absent.jsonl"), "absent.jsonl: No such file")
     file = tmp_path / "responses.jsonl"
-    record = (
-        '{"grading": {"kind": "multiple_choice", "answer": "B"}, "response": "\\\\boxed{%s}"}'
-    )
+    record = '{"grading": {"kind": "multiple_choice", "answer": "B"}, "response": "\\\\boxed{%s}"}'
     file.write_text(record % "B" + "\n" + record % "A" + "\n")
     result = prorl("grade", file, "--workers", "1")
     assert result.exit_code == 0
