@@ -42,9 +42,12 @@ class Optimizer(Section):
     )
     clip_grad: float = Field(1.0, ge=0, description="Global gradient norm limit; 0 is off.")
     warmup_steps: int = Field(0, ge=0, description="Linear warm-up, in rollout steps.")
-    schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="After the warm-up, to the last step of the last stage."
+    schedule: Literal["constant", "linear", "cosine", "inverse_sqrt", "wsd"] = Field(
+        "constant",
+        description="After the warm-up, to the last step of the last stage. wsd is constant, then "
+        "linear over the last decay_steps.",
     )
+    decay_steps: int = Field(0, ge=0, description="For wsd: rollout steps of the final decay.")
     min_learning_rate: float = Field(0.0, ge=0, description="Floor of a decaying schedule.")
     max_skipped_updates: int = Field(
         5, ge=1, description="Updates in a row with NaN or infinite gradients before the run stops."
@@ -391,6 +394,11 @@ class Recipe(Section):
             yield (
                 f"shaping.overlong.buffer_tokens: {overlong.buffer_tokens} exceeds the shortest "
                 f"response limit ({limit})"
+            )
+        if (policy.optimizer.schedule == "wsd") != (policy.optimizer.decay_steps > 0):
+            yield (
+                "policy.optimizer.decay_steps: belongs to policy.optimizer.schedule=wsd, which "
+                "needs it; set both or neither"
             )
         optimizer = policy.optimizer
         lowest = min(s.learning_rate or optimizer.learning_rate for s in self.stages)

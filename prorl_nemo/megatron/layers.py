@@ -2,23 +2,30 @@
 
 * `RMSNorm`: Megatron's local norm refuses sequence parallelism; this one marks
   its weight for the gradient all-reduce that sequence parallelism needs.
-* `PackedAttention`: core attention on torch SDPA over packed rows.
-* `PackedRotaryEmbedding`: the rotary angles of each token's own position.
+* `PackedAttention`: rotary positions and core attention on torch SDPA over packed rows.
+* `add_to_residual`, `WideRowParallelLinear`, `FinalNorm`: a residual stream that really is kept in
+  fp32, from the first layer to the logits.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    RowParallelLinear,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from prorl_nemo.megatron.logprobs import product
 from prorl_nemo.megatron.packing import PackedRow, Tree
 
 # Below this many tokens a tree is one masked product: fewer, larger kernels beat
@@ -39,37 +46,70 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
+        # A bf16 layer takes bf16, though the residual stream is kept in fp32.
+        return self.weight * self.normalised(x).to(self.weight.dtype)
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """x at root-mean-square 1, in fp32."""
         wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        # A bf16 layer takes bf16, whether the residual stream is kept in fp32 or not.
-        return self.weight * wide.to(self.weight.dtype)
+        return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
 
 
-class PackedRotaryEmbedding(RotaryEmbedding):
-    """Rotary angles for the positions of a packed row.
+class FinalNorm(RMSNorm):
+    """The norm before the output head, whose result stays in fp32 (see logprobs.py)."""
 
-    GPTModel asks first for the sequence length, handing over the packed
-    parameters, then for the angles of that length. Here the "length" is the
-    row's positions, so no state is kept between the two calls.
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight.float() * self.normalised(x)
+
+
+class WideRowParallelLinear(RowParallelLinear):
+    """Row-parallel linear layer whose products leave it in fp32.
+
+    They are summed over tensor-parallel ranks and added to the fp32 residual stream; rounded to
+    bf16 before, they would carry a third of the trainer's error, and more the more ranks there
+    are. Our choice.
     """
 
-    def get_rotary_seq_len(self, *args: Any, **_: Any) -> Any:
-        row = args[4]
-        if not isinstance(row, PackedRow):
-            raise TypeError("the policy computes packed rows only")
-        return row.position_ids
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        output = _WideLinear.apply(x, self.weight)
+        if self.sequence_parallel:
+            return reduce_scatter_to_sequence_parallel_region(output, group=self.tp_group), None
+        return reduce_from_tensor_model_parallel_region(output, group=self.tp_group), None
 
-    def forward(self, max_seq_len: Any, *_: Any, **__: Any) -> Tensor:
-        """Angles [tokens, 1, 1, dim] in fp32."""
-        angles = torch.outer(max_seq_len.to(torch.float32), self.inv_freq.float())
-        return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+
+class _WideLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(x.flatten(0, -2), weight.t()).unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        grad = grads[0].to(weight.dtype)
+        return grad @ weight, grad.flatten(0, -2).t() @ x.flatten(0, -2)
+
+
+def add_to_residual(training: bool, fused: bool) -> Callable[..., Tensor]:
+    """What Megatron calls bias-dropout-add, of layers with neither bias nor dropout.
+
+    Megatron's own rounds the residual stream to the layer's type, so that
+    `fp32_residual_connection` changes nothing: with bf16 layers the log-probs of SmolLM2-135M are
+    then half as far again from the exact ones. Here the wider type of the two stays.
+    """
+
+    def add(output: tuple[Tensor, Tensor | None], residual: Tensor, _: float) -> Tensor:
+        return residual + output[0]
+
+    return add
 
 
 class PackedAttention(nn.Module):
     """Attention inside each tree of a packed row: causal, responses blind to each other.
 
     Forward: query [tokens, 1, heads, dim], key and value [tokens, 1, groups, dim] of the
-    tokens this rank holds; returns [tokens, 1, heads * dim]. Cost grows with the sum of
+    tokens this rank holds, not yet rotated; returns [tokens, 1, heads * dim]. They are
+    rotated here, because Megatron rounds sines and cosines to bf16. Cost grows with the sum of
     squared tree lengths, never with the square of the row. Under context parallelism keys and
     values of the whole row are gathered, and the rank computes its own queries.
     """
@@ -82,9 +122,13 @@ class PackedAttention(nn.Module):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
+        *,
+        inverse_frequencies: Tensor,
         **_: Any,
     ) -> None:
         super().__init__()
+        # No buffer: a cast of the model to bf16 must leave the frequencies in fp32.
+        self.inverse_frequencies = inverse_frequencies
         if attention_type != "self" or (attention_dropout or config.attention_dropout):
             raise ValueError("PackedAttention computes self-attention without dropout")
         self.scale = softmax_scale
@@ -101,6 +145,10 @@ class PackedAttention(nn.Module):
     ) -> Tensor:
         if not isinstance(packed_seq_params, PackedRow):
             raise TypeError("PackedAttention needs a PackedRow")
+        angles = torch.outer(
+            packed_seq_params.position_ids.float(), self.inverse_frequencies.to(query.device)
+        )
+        query, key = rotate(query, angles), rotate(key, angles)
         if len(packed_seq_params.pieces) > 1:
             key, value = _gather_row(torch.cat((key, value), dim=-1)).chunk(2, dim=-1)
         # [tokens, 1, heads, dim] -> [1, heads, tokens, dim]
@@ -153,6 +201,17 @@ class PackedAttention(nn.Module):
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale
         )
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotary embedding of x [tokens, 1, heads, dim] by angles [tokens, dim / 2], in fp32.
+
+    Channel i turns with channel i + dim / 2 (Hugging Face's order of channels).
+    """
+    cos, sin = angles.cos()[:, None, None], angles.sin()[:, None, None]
+    first, second = x.float().chunk(2, dim=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return torch.cat(turned, dim=-1).to(x.dtype)
 
 
 def _gather_row(held: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from prorl_nemo.errors import ModelError, RecipeError
 from prorl_nemo.megatron.packing_plan import CostModel
@@ -21,10 +21,45 @@ FAMILIES = ("llama", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies were stretched (see rope.py); names as in Hugging Face configs.
+
+    Attributes:
+        original_positions: context before the stretching (yarn, llama3).
+        attention_factor: of rotated queries and keys; None for YaRN's own (yarn).
+    """
+
+    kind: Literal["linear", "yarn", "llama3"]
+    factor: float
+    original_positions: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    truncate: bool = True
+
+
+# Keys of each kind besides `factor`: those it must have, and those it may.
+_ROPE_KEYS: dict[str, tuple[set[str], set[str]]] = {
+    "linear": (set(), set()),
+    "yarn": (
+        {"original_max_position_embeddings"},
+        {"beta_fast", "beta_slow", "attention_factor", "truncate"},
+    ),
+    "llama3": (
+        {"original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
+        set(),
+    ),
+}
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """A dense decoder of a known family.
 
     Attributes:
+        rope_scaling: None for plain rotary positions.
         max_positions: tokens (prompt and response together) the model was made for.
         parameters: their number, from the shapes.
     """
@@ -43,6 +78,7 @@ class ModelSpec:
     tied: bool
     qkv_bias: bool
     qk_norm: bool
+    rope_scaling: RopeScaling | None = None
 
     @property
     def parameters(self) -> int:
@@ -87,6 +123,7 @@ def read_model_spec(folder: Path) -> ModelSpec:
         tied=bool(config.get("tie_word_embeddings", False)),
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
+        rope_scaling=_rope_scaling(config, path),
     )
 
 
@@ -114,10 +151,47 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
     return rope
 
 
+def _rope_kind(config: dict[str, Any]) -> Any:
+    rope = _rope(config)
+    return rope.get("rope_type", rope.get("type")) or "default"
+
+
+def _rope_scaling(config: dict[str, Any], path: Path) -> RopeScaling | None:
+    rope, kind = _rope(config), _rope_kind(config)
+    if kind == "default":
+        return None
+    required, optional = _ROPE_KEYS[kind]
+    numbers = {"factor", *required, *(key for key in optional & set(rope) if key != "truncate")}
+    figures: dict[str, Any] = {
+        key: _positive(rope, key, path, kind=float)
+        for key in sorted(numbers)
+        if key in required | {"factor"} or rope[key] is not None
+    }
+    if "original_max_position_embeddings" in figures:
+        figures["original_positions"] = figures.pop("original_max_position_embeddings")
+    if figures.get("low_freq_factor", 1.0) == figures.get("high_freq_factor", 4.0):
+        raise ModelError(f"model: {path}: low_freq_factor and high_freq_factor must differ")
+    return RopeScaling(kind=kind, truncate=bool(rope.get("truncate", True)), **figures)
+
+
+def _unmapped_rope_keys(config: dict[str, Any]) -> list[str]:
+    """Keys of the rope settings that would be ignored (YaRN's mscale, partial rotation, ...)."""
+    rope, kind = _rope(config), _rope_kind(config)
+    if not isinstance(kind, str) or kind not in _ROPE_KEYS:
+        return []
+    required, optional = _ROPE_KEYS[kind]
+    known = {"rope_theta", "rope_type", "type", "factor"} | required | optional
+    # Written by transformers for every model; 1 is the whole head.
+    known |= {"partial_rotary_factor"} if rope.get("partial_rotary_factor", 1) == 1 else set()
+    return sorted(set(rope) - known)
+
+
 def _refuse_unmapped(config: dict[str, Any], path: Path) -> None:
-    kind = _rope(config).get("rope_type", _rope(config).get("type", "default"))
+    kind = _rope_kind(config)
+    rope_keys = _unmapped_rope_keys(config)
     unmapped = {
-        f"rope_type {kind!r}": kind not in ("default", None),
+        f"rope_type {kind!r}": kind not in ("default", *_ROPE_KEYS),
+        f"{', '.join(rope_keys)} of rope_type {kind!r}": bool(rope_keys),
         "sliding windows": bool(config.get("use_sliding_window")),
         "attention_bias": config["model_type"] != "qwen2" and bool(config.get("attention_bias")),
         "mlp_bias": bool(config.get("mlp_bias")),

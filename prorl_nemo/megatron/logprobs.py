@@ -1,24 +1,29 @@
 """Log-probs and entropy of the response tokens, without the logits matrix.
 
-The [tokens, vocabulary] matrix is computed a chunk of tokens at a time, from
-hidden states and the output weight, forward and again in backward, so it is
-never whole in memory. The vocabulary may be sharded over tensor-parallel ranks:
-maximum, partition sum and target logit are then reduced over them.
+The [tokens, vocabulary] matrix is computed a block at a time from hidden states and the output
+weight, forward and again in backward, so it is never whole in memory. Forward keeps a running
+maximum and partition sum over the blocks of a token's row (the online softmax of Milakov and
+Gimelshein, arXiv 1805.02867). Blocks are as tall as they can be: then a weight is read once, and
+its gradient written once, for thousands of tokens. The vocabulary may be sharded over
+tensor-parallel ranks, whose sums are merged as blocks are.
 
-Our own kernel-free version of fused linear cross entropy (Wijmans et al., "Cut
-your losses", arXiv 2411.09009, has the idea as a CUDA kernel).
+Our own kernel-free version of fused linear cross entropy (Wijmans et al., "Cut your losses", arXiv
+2411.09009, has the idea as a CUDA kernel). `python -m bench logprobs` measures it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Elements of one fp32 logits chunk: 16 M, so 64 MiB, whatever the vocabulary.
-_CHUNK_ELEMENTS = 16 * 1024 * 1024
+# Elements of one fp32 block of logits: 16 M, so 64 MiB, whatever the vocabulary.
+_BLOCK_ELEMENTS = 16 * 1024 * 1024
+# Tokens of a block: beyond this taller blocks gain nothing and leave too few columns each.
+_BLOCK_TOKENS = 8192
 
 
 def response_logprobs(
@@ -60,93 +65,115 @@ class _LinearLogProbs(torch.autograd.Function):
         vocab_size: int,
         group: Any,
     ) -> tuple[Tensor, Tensor]:
-        ranks = dist.get_world_size(group) if group is not None else 1
-        rows = weight.shape[0]
-        first = rows * (dist.get_rank(group) if ranks > 1 else 0)
-        ctx.first, ctx.real = first, max(0, min(rows, vocab_size - first))
-        ctx.temperature, ctx.group, ctx.ranks = temperature, group, ranks
-        ctx.chunk = max(1, _CHUNK_ELEMENTS // rows)
-        tokens = hidden.shape[0]
-        logprobs = hidden.new_empty(tokens, dtype=torch.float32)
-        entropy = torch.empty_like(logprobs)
-        log_partition = torch.empty_like(logprobs)
-        for start in range(0, tokens, ctx.chunk):
-            part = slice(start, min(start + ctx.chunk, tokens))
-            logits = _logits(ctx, hidden[part], weight)
-            peak = logits.amax(dim=-1)
-            _reduce(peak, dist.ReduceOp.MAX, ctx)
-            local, inside = _local_targets(ctx, targets[part])
-            picked = logits.gather(1, local[:, None]).squeeze(1).masked_fill(~inside, 0.0)
-            shifted = logits.sub_(peak[:, None])
-            weights = shifted.exp()
-            # sum p * logit needs 0 where a padded column holds exp(-inf) * -inf.
-            shifted = shifted.nan_to_num(neginf=0.0)
-            sums = torch.stack((weights.sum(-1), (weights * shifted).sum(-1), picked))
-            _reduce(sums, dist.ReduceOp.SUM, ctx)
-            log_sum = sums[0].log()
-            log_partition[part] = peak + log_sum
-            logprobs[part] = sums[2] - log_partition[part]
-            entropy[part] = log_sum - sums[1] / sums[0]
+        ctx.ranks = dist.get_world_size(group) if group is not None else 1
+        ctx.first = weight.shape[0] * (dist.get_rank(group) if ctx.ranks > 1 else 0)
+        ctx.real = max(0, min(weight.shape[0], vocab_size - ctx.first))
+        ctx.temperature, ctx.group = temperature, group
+        logprobs = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+        entropy, log_partition = torch.empty_like(logprobs), torch.empty_like(logprobs)
+        for part in _slices(hidden.shape[0], _BLOCK_TOKENS):
+            # Of each token: the largest logit so far, sum of w and of w * (logit - largest),
+            # w = exp(logit - largest), and the target's logit.
+            peak = torch.full_like(logprobs[part], -torch.inf)
+            total, spread, picked = (torch.zeros_like(peak) for _ in range(3))
+            for block in _columns(ctx, hidden[part]):
+                logits = _logits(ctx, hidden[part], weight[block])
+                local, inside = _local(ctx, targets[part], block)
+                picked += logits.gather(1, local).squeeze(1) * inside
+                higher = torch.maximum(peak, logits.amax(dim=-1))
+                _lower(total, spread, peak - higher)
+                peak = higher
+                shifted = logits.sub_(peak[:, None])
+                weights = shifted.exp()
+                total += weights.sum(-1)
+                spread += shifted.mul_(weights).sum(-1)
+            if ctx.ranks > 1:
+                highest = peak.clone()
+                dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
+                _lower(total, spread, peak - highest)
+                peak = highest
+                sums = torch.stack((total, spread, picked))
+                dist.all_reduce(sums, group=group)
+                total, spread, picked = sums
+            log_partition[part] = peak + total.log()
+            logprobs[part] = picked - log_partition[part]
+            entropy[part] = total.log() - spread / total
         ctx.save_for_backward(hidden, weight, targets, log_partition)
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad = grads[0]
         hidden, weight, targets, log_partition = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden)
+        scale = grads[0] / ctx.temperature
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for start in range(0, hidden.shape[0], ctx.chunk):
-            part = slice(start, min(start + ctx.chunk, hidden.shape[0]))
-            logits = _logits(ctx, hidden[part], weight)
-            # d logprob / d logits = (onehot - softmax) / temperature
-            delta = logits.sub_(log_partition[part][:, None]).exp_().neg_()
-            local, inside = _local_targets(ctx, targets[part])
-            delta.scatter_add_(1, local[:, None], inside.to(delta.dtype)[:, None])
-            delta = delta.mul_((grad[part] / ctx.temperature)[:, None]).to(hidden.dtype)
-            grad_hidden[part] = delta @ weight
-            grad_weight += delta.t() @ hidden[part]
-        _reduce(grad_hidden, dist.ReduceOp.SUM, ctx)
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+        for part in _slices(hidden.shape[0], _BLOCK_TOKENS):
+            for block in _columns(ctx, hidden[part]):
+                logits = _logits(ctx, hidden[part], weight[block])
+                # d logprob / d logits = (onehot - softmax) / temperature
+                delta = logits.sub_(log_partition[part][:, None]).exp_().neg_()
+                local, inside = _local(ctx, targets[part], block)
+                delta.scatter_add_(1, local, inside.to(delta.dtype)[:, None])
+                delta = delta.mul_(scale[part][:, None]).to(weight.dtype)
+                grad_hidden[part] += product(delta, weight[block])
+                grad_weight[block] += product(delta.t(), hidden[part].to(weight.dtype))
+        if ctx.ranks > 1:
+            dist.all_reduce(grad_hidden, group=ctx.group)
+        return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), None, None, None, None
+
+
+def _slices(length: int, size: int) -> Iterator[slice]:
+    for start in range(0, length, size):
+        yield slice(start, min(start + size, length))
+
+
+def _columns(ctx: Any, hidden: Tensor) -> Iterator[slice]:
+    """Blocks of this rank's vocabulary, padding left out, for these tokens."""
+    return _slices(ctx.real, max(1, _BLOCK_ELEMENTS // hidden.shape[0]))
 
 
 def _logits(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
-    """This rank's logits of a chunk over the temperature, fp32, padding at -inf.
+    """A block of logits over the temperature, [tokens, columns] fp32."""
+    if hidden.dtype == weight.dtype:
+        logits = product(hidden, weight.t())
+    else:
+        # fp32 hidden states with a bf16 weight: as the sum of two bf16 numbers each, to 16 bits.
+        high = hidden.to(weight.dtype)
+        logits = product(high, weight.t())
+        logits += product((hidden - high).to(weight.dtype), weight.t())
+    return logits if ctx.temperature == 1.0 else logits.div_(ctx.temperature)
 
-    bf16 operands are multiplied with an fp32 result: a logit of 16 rounded to bf16 is off by up
-    to 0.06, the larger part of what trainer and engine would disagree by (MiniMax-M1,
-    arXiv 2506.13585, section 3.2, found the same).
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in fp32, always: new memory, of bf16 operands too.
+
+    A logit of 16 rounded to bf16 is off by up to 0.06, the larger part of what trainer and engine
+    would disagree by (MiniMax-M1, arXiv 2506.13585, section 3.2, found the same).
     """
-    logits = _product(hidden, weight)
-    if ctx.temperature != 1.0:
-        logits.div_(ctx.temperature)
-    logits[:, ctx.real :] = float("-inf")
-    return logits
-
-
-def _product(hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden @ weight.T in fp32."""
-    if hidden.dtype != torch.bfloat16:
-        return (hidden @ weight.t()).float()
-    if hidden.is_cuda:
-        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    if a.dtype != torch.bfloat16:
+        return (a @ b).float()
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
     # fp32 operands that hold bf16 values lose nothing in oneDNN's bf16 kernel, which is faster.
-    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before, settings.fp32_precision = settings.fp32_precision, "bf16"
     try:
-        return hidden.float() @ weight.float().t()
+        return a.float() @ b.float()
     finally:
         settings.fp32_precision = before
 
 
-def _local_targets(ctx: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Targets as indices into this rank's rows, and which of them lie there."""
-    local = targets - ctx.first
-    inside = (local >= 0) & (local < ctx.real)
-    return local.clamp(0, max(ctx.real - 1, 0)), inside
+def _local(ctx: Any, targets: Tensor, block: slice) -> tuple[Tensor, Tensor]:
+    """Targets as columns of a block, [tokens, 1], and which of them lie in it, [tokens]."""
+    local = targets - (ctx.first + block.start)
+    inside = (local >= 0) & (local < block.stop - block.start)
+    return torch.where(inside, local, 0)[:, None], inside
 
 
-def _reduce(values: Tensor, operation: Any, ctx: Any) -> None:
-    if ctx.ranks > 1:
-        dist.all_reduce(values, op=operation, group=ctx.group)
+def _lower(total: Tensor, spread: Tensor, change: Tensor) -> None:
+    """Make the two sums relative to a largest logit that rose by -change."""
+    # Nothing summed yet: the largest was -inf, and -inf * 0 would be NaN.
+    change = change.clamp(min=-1e30)
+    spread.add_(change * total).mul_(change.exp())
+    total.mul_(change.exp())

@@ -16,10 +16,17 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from prorl_nemo.megatron import hf_weights
-from prorl_nemo.megatron.layers import PackedAttention, PackedRotaryEmbedding, RMSNorm
+from prorl_nemo.megatron.layers import (
+    FinalNorm,
+    PackedAttention,
+    RMSNorm,
+    WideRowParallelLinear,
+    add_to_residual,
+)
 from prorl_nemo.megatron.layout import ModelSpec, padded_groups, padded_vocab
 from prorl_nemo.megatron.logprobs import response_logprobs
 from prorl_nemo.megatron.packing import PackedRow
+from prorl_nemo.megatron.rope import attention_scale, inverse_frequencies
 from prorl_nemo.recipe import Policy
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -92,6 +99,7 @@ def transformer_config(spec: ModelSpec, policy: Policy) -> TransformerConfig:
         num_attention_heads=groups * (spec.heads // spec.groups),
         num_query_groups=groups,
         kv_channels=spec.head_dim,
+        softmax_scale=attention_scale(spec.head_dim, spec.rope_scaling),
         normalization="RMSNorm",
         layernorm_epsilon=spec.norm_eps,
         qk_layernorm=spec.qk_norm,
@@ -102,8 +110,7 @@ def transformer_config(spec: ModelSpec, policy: Policy) -> TransformerConfig:
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,
-        # bf16 rounds the residual stream once for each layer; in fp32 the trainer's log-probs are
-        # half as far from the exact ones, for 1 % of the time.
+        # See layers.add_to_residual.
         fp32_residual_connection=policy.precision == "bf16",
         pipeline_dtype=torch.float32,
         bf16=policy.precision == "bf16",
@@ -148,7 +155,17 @@ def layer_spec(spec: ModelSpec) -> ModuleSpec:
     submodules.input_layernorm = RMSNorm
     submodules.pre_mlp_layernorm = RMSNorm
     attention = submodules.self_attention.submodules
-    attention.core_attention = PackedAttention
+    attention.core_attention = ModuleSpec(
+        PackedAttention,
+        params={
+            "inverse_frequencies": inverse_frequencies(
+                spec.rope_theta, spec.head_dim, spec.rope_scaling
+            )
+        },
+    )
+    attention.linear_proj = WideRowParallelLinear
+    submodules.mlp.submodules.linear_fc2 = WideRowParallelLinear
+    submodules.self_attn_bda = submodules.mlp_bda = add_to_residual
     if spec.qk_norm:
         attention.q_layernorm = RMSNorm
         attention.k_layernorm = RMSNorm
@@ -179,17 +196,10 @@ def _build_chunk(
         pre_process=parallel_state.is_pipeline_first_stage(**place),
         post_process=parallel_state.is_pipeline_last_stage(**place),
         share_embeddings_and_output_weights=spec.tied,
-        position_embedding_type="rope",
-        rotary_base=int(spec.rope_theta),
+        position_embedding_type="none",  # PackedAttention rotates.
         vp_stage=stage if policy.virtual_pipeline > 1 else None,
     )
     model.true_vocab_size = spec.vocab
-    model.rotary_pos_emb = PackedRotaryEmbedding(
-        kv_channels=spec.head_dim,
-        rotary_percent=1.0,
-        rotary_base=spec.rope_theta,
-        use_cpu_initialization=config.use_cpu_initialization,
-    )
     if torch.cuda.is_available():
         model.cuda()
     if policy.precision == "bf16":
@@ -207,7 +217,7 @@ def _block_spec(spec: ModelSpec, config: TransformerConfig, stage: int) -> Any:
     )
 
     layers = get_num_layers_to_build(config, vp_stage=stage)
-    return TransformerBlockSubmodules(layer_specs=[layer_spec(spec)] * layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer_spec(spec)] * layers, layer_norm=FinalNorm)
 
 
 def weight_shape(spec: ModelSpec, policy: Policy) -> hf_weights.Shape:

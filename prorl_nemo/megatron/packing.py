@@ -45,9 +45,8 @@ class PackedRow(PackedSeqParams):
     """One micro-batch, or a context-parallel rank's pieces of it.
 
     Passed through Megatron as its `packed_seq_params`. `qkv_format` is not `thd`: attention
-    gets [tokens, 1, heads, dim] and the rotary embedding of each token's own position (see
-    layers.py). `trees`, `tokens`, `sample_ids` and `sample_lengths` describe the whole row on
-    every rank.
+    gets [tokens, 1, heads, dim] and rotates by each token's own position (see layers.py). `trees`,
+    `tokens`, `sample_ids` and `sample_lengths` describe the whole row on every rank.
 
     Attributes:
         input_ids: [1, held tokens].
@@ -74,6 +73,11 @@ class PackedRow(PackedSeqParams):
     sample_ids: tuple[int, ...] = ()
     sample_lengths: tuple[int, ...] = ()
     temperature: float = 1.0
+
+    def to(self, device: torch.device) -> PackedRow:
+        """The row with its tensors on `device`."""
+        names = ("input_ids", "position_ids", "hidden_index", "targets", "target_index")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
 def build_row(

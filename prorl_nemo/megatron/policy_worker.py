@@ -183,10 +183,10 @@ class PolicyWorker:
         """Megatron's schedule over the rows; what `loss` returned for each, on the last stage."""
 
         def forward_step(iterator: Iterator[PackedRow], model: Any) -> tuple[Tensor, Any]:
-            row = next(iterator)
+            row = next(iterator).to(self.device)
             output = model(
-                row.input_ids.to(self.device),
-                row.position_ids[None].to(self.device),
+                row.input_ids,
+                row.position_ids[None],
                 None,
                 packed_seq_params=row,
             )
@@ -286,7 +286,7 @@ class PolicyWorker:
             algorithm.importance.low,
             algorithm.importance.high,
         ).weights
-        held = row.target_index.to(self.device)
+        held = row.target_index
         old, reference, advantages, importance = (
             x[held] for x in (old, reference, advantages, importance)
         )

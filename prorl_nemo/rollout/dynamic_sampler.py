@@ -13,7 +13,9 @@ and neither looks at lengths:
   better with every score. A margin for chance was tried: more tokens in vain, hardly less time.
 
 Prompts that were started in vain go back to the head of the queue, in order, and are sampled anew
-from the next policy: every sample trained on comes from the policy it trains.
+from the next policy: every sample trained on comes from the policy it trains. With `carry_over`
+those whose groups are complete keep them: the next batch begins with groups one update old, which
+the importance weight of the loss corrects. Which prompts enter a batch is the same either way.
 """
 
 from __future__ import annotations
@@ -22,12 +24,12 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from prorl_nemo.algorithms.group_filter import has_signal
 from prorl_nemo.errors import UserError
-from prorl_nemo.records import Group, Prompt
+from prorl_nemo.records import Group, Prompt, Sample
 from prorl_nemo.rollout.group_collector import GroupCollector, PendingGroup, Sampling
 from prorl_nemo.rollout.keep_rate import KeepRate
 from prorl_nemo.rollout.protocol import GenerationEngine, Grader, PromptSource
@@ -71,7 +73,8 @@ class RolloutBatch:
         tallies: by task, kept and rejected groups together: mean scores here are those of the
             policy, where the mean over `groups` is biased to one half.
         generated_tokens: response tokens generated in all.
-        wasted_tokens: those of prompts that went back to the queue.
+        wasted_tokens: those thrown away with prompts that went back to the queue.
+        stale_groups: kept groups that an earlier policy made (`carry_over`).
         seconds: wall time.
     """
 
@@ -81,6 +84,7 @@ class RolloutBatch:
     tallies: dict[str, TaskTally] = field(default_factory=dict)
     generated_tokens: int = 0
     wasted_tokens: int = 0
+    stale_groups: int = 0
     seconds: float = 0.0
 
     @property
@@ -106,6 +110,7 @@ class DynamicSampler:
 
     Args:
         run_seed: of the run.
+        carry_over: keep complete groups of prompts that go back to the queue.
         on_event: called with an event's name and details (`prompt_dropped`).
         on_progress: called whenever something may have changed.
     """
@@ -117,6 +122,7 @@ class DynamicSampler:
         prompts: PromptSource,
         run_seed: int,
         *,
+        carry_over: bool = False,
         on_event: Callable[[str, dict[str, Any]], None] = lambda event, details: None,
         on_progress: Callable[[Progress], None] = lambda progress: None,
     ) -> None:
@@ -125,6 +131,9 @@ class DynamicSampler:
         self._on_event = on_event
         self._on_progress = on_progress
         self._keep_rate = KeepRate(1)
+        self._carry_over = carry_over
+        self._carried: dict[tuple[str, int], list[Sample]] = {}
+        self._carried_sampling: Sampling | None = None
 
     def sample_batch(
         self, groups: int, sampling: Sampling, max_rejected_per_kept: float = 20.0
@@ -142,6 +151,8 @@ class DynamicSampler:
         """
         if self._keep_rate.group_size != sampling.samples_per_prompt:
             self._keep_rate = KeepRate(sampling.samples_per_prompt)
+        if sampling != self._carried_sampling:
+            self._carried = {}  # A new stage: other lengths, temperature or group size.
         filling = _Filling(groups)
         started = time.monotonic()
         try:
@@ -149,23 +160,46 @@ class DynamicSampler:
                 wanted = filling.prompts_to_start(self._keep_rate, max_rejected_per_kept)
                 drawn = [self._prompts.draw() for _ in range(wanted)]
                 filling.drawn += drawn
-                if drawn:
-                    filling.window.extend(self._collector.launch(drawn, sampling))
+                filling.window.extend(self._start(drawn, sampling))
                 self._collector.advance()
                 self._decide(filling, max_rejected_per_kept)
-                surplus = filling.cut_surplus()
-                filling.batch.wasted_tokens += self._collector.abandon(surplus)
+                cut = filling.cut_surplus()
+                lost = [group for group in cut if not self._carries(group)]
+                filling.batch.wasted_tokens += self._collector.abandon(lost)
                 self._on_progress(filling.progress(self._collector.running))
         except BaseException:
             self._collector.abandon(filling.window)
             self._prompts.put_back(filling.drawn)
             raise
-        self._prompts.put_back(filling.surplus)
+        self._prompts.put_back([(group.prompt, group.epoch) for group in filling.surplus])
+        carried = [group for group in filling.surplus if self._carries(group)]
+        self._carried = {_key(group.prompt, group.epoch): group.samples for group in carried}
+        self._carried_sampling = sampling
         self._keep_rate.forget()
         batch = filling.batch
-        batch.generated_tokens += batch.wasted_tokens
+        batch.generated_tokens += batch.wasted_tokens + sum(group.tokens for group in carried)
         batch.seconds = time.monotonic() - started
         return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The groups carried over, JSON-able."""
+        sampling = self._carried_sampling
+        return {
+            "sampling": asdict(sampling) if sampling else None,
+            "carried": [
+                {"prompt_id": prompt_id, "epoch": epoch, "samples": [asdict(s) for s in samples]}
+                for (prompt_id, epoch), samples in self._carried.items()
+            ],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        sampling = state["sampling"]
+        self._carried_sampling = Sampling(**sampling) if sampling else None
+        self._carried = {
+            (entry["prompt_id"], entry["epoch"]): [Sample(**s) for s in entry["samples"]]
+            for entry in state["carried"]
+        }
 
     def sample_all(self, prompts: Iterable[tuple[Prompt, int]], sampling: Sampling) -> list[Group]:
         """Every (prompt, epoch) sampled and graded, none filtered: for validation.
@@ -188,6 +222,20 @@ class DynamicSampler:
                 self._drop(group)
         return [group.group() for group in pending if group.rejected is None]
 
+    def _start(self, drawn: list[tuple[Prompt, int]], sampling: Sampling) -> list[PendingGroup]:
+        """Groups of the prompts drawn, in order; only those not carried over are generated."""
+        new = [(p, epoch) for p, epoch in drawn if _key(p, epoch) not in self._carried]
+        launched = iter(self._collector.launch(new, sampling)) if new else iter(())
+        return [
+            PendingGroup.from_samples(p, epoch, self._carried[_key(p, epoch)])
+            if _key(p, epoch) in self._carried
+            else next(launched)
+            for p, epoch in drawn
+        ]
+
+    def _carries(self, group: PendingGroup) -> bool:
+        return self._carry_over and group.complete and group.rejected is None
+
     def _decide(self, filling: _Filling, max_rejected_per_kept: float) -> None:
         """Settle the complete groups at the head of the window, in order."""
         while filling.window and filling.window[0].complete and not filling.full:
@@ -208,6 +256,10 @@ class DynamicSampler:
         self._on_event("prompt_dropped", details)
 
 
+def _key(prompt: Prompt, epoch: int) -> tuple[str, int]:
+    return prompt.prompt_id, epoch
+
+
 class _Filling:
     """The state of one batch while it fills.
 
@@ -218,7 +270,7 @@ class _Filling:
         self.wanted = wanted
         self.batch = RolloutBatch()
         self.window: deque[PendingGroup] = deque()
-        self.surplus: list[tuple[Prompt, int]] = []
+        self.surplus: list[PendingGroup] = []
         self.drawn: list[tuple[Prompt, int]] = []
         self._rejected_prompts: set[str] = set()
 
@@ -257,6 +309,7 @@ class _Filling:
         if kept:
             tally.kept += 1
             self.batch.groups.append(group.group())
+            self.batch.stale_groups += group.carried
         else:
             tally.rejected += 1
             self.batch.rejected += 1
@@ -271,7 +324,7 @@ class _Filling:
             needed -= self.window[keep].certain
             keep += 1
         cut = [self.window.pop() for _ in range(len(self.window) - keep)][::-1]
-        self.surplus = [(group.prompt, group.epoch) for group in cut] + self.surplus
+        self.surplus = cut + self.surplus
         return cut
 
     def check_limits(self, group: PendingGroup, max_rejected_per_kept: float) -> None:

@@ -16,7 +16,7 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -405,7 +405,7 @@ class VllmEngine:
         try:
             if self._asleep:
                 self._llm.wake_up(["weights"])
-            checked = self._checked(named_tensors)
+            checked = complete_weights(named_tensors, self._shapes)
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": checked})
             if self._asleep:
                 self._llm.wake_up(["kv_cache"])
@@ -421,30 +421,6 @@ class VllmEngine:
         self._require_idle("sleep")
         self._llm.sleep(level=2)
         self._asleep = True
-
-    def _checked(self, named_tensors: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-        """Pass a complete set of tensors through, and the output head where it is tied.
-
-        vLLM only logs a missing tensor, and silently keeps the old packed head of a tied model
-        unless `lm_head.weight` is sent as well.
-        """
-        missing = dict(self._shapes)
-        head = None
-        for name, tensor in named_tensors:
-            if name == "lm_head.weight" and name not in self._shapes:
-                continue
-            expected = missing.pop(name, None)
-            if expected is None:
-                raise EngineError(f"{name}: sent twice, or not a tensor of the model")
-            if tuple(tensor.shape) != expected:
-                raise EngineError(f"{name}: shape {tuple(tensor.shape)}, expected {expected}")
-            if name == "model.embed_tokens.weight":
-                head = tensor
-            yield name, tensor
-        if missing:
-            raise EngineError(f"{len(missing)} tensors never arrived: {', '.join(missing)[:200]}")
-        if "lm_head.weight" not in self._shapes:
-            yield "lm_head.weight", head
 
     def _checksums(self) -> dict[str, str]:
         from prorl_nemo.rollout.readback import named_weights
@@ -570,3 +546,33 @@ def checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     if config.get("tie_word_embeddings", False):
         shapes.pop("lm_head.weight", None)
     return shapes
+
+
+def complete_weights(
+    named_tensors: Iterable[tuple[str, Any]], shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[str, Any]]:
+    """Pass on a stream of tensors that must be exactly those of `shapes`.
+
+    vLLM only logs a missing tensor. And unless `lm_head.weight` is sent, it silently keeps the old
+    packed head of a tied model: where `shapes` has no head, the embedding is passed on as one.
+
+    Raises:
+        EngineError: a tensor is missing, unknown, sent twice or of a wrong shape.
+    """
+    missing = dict(shapes)
+    embedding = None
+    for name, tensor in named_tensors:
+        if name == "lm_head.weight" and name not in shapes:
+            continue
+        expected = missing.pop(name, None)
+        if expected is None:
+            raise EngineError(f"{name}: sent twice, or not a tensor of the model")
+        if tuple(tensor.shape) != expected:
+            raise EngineError(f"{name}: shape {tuple(tensor.shape)}, expected {expected}")
+        if name == "model.embed_tokens.weight":
+            embedding = tensor
+        yield name, tensor
+    if missing:
+        raise EngineError(f"{len(missing)} tensors never arrived: {', '.join(missing)[:200]}")
+    if "lm_head.weight" not in shapes:
+        yield "lm_head.weight", embedding

@@ -35,9 +35,6 @@ from prorl_nemo.rollout.weights import WeightBucket
 POLL_SECONDS = 0.5
 """How long an engine holds a poll open: the pace of its heartbeat."""
 
-BUCKETS_IN_FLIGHT = 2
-"""One being loaded, one on its way: bounds the memory of a weight update."""
-
 
 class FleetError(RuntimeError):
     """Engines die faster than `max_restarts` allows: save the run and stop."""
@@ -90,11 +87,12 @@ class _Member:
     poll: Any = None
     state: EngineState | None = None
     process: psutil.Process | None = None
-    last_progress: float = field(default_factory=time.monotonic)
+    asked: float = 0.0
+    silent: float = 0.0
 
     def note(self, state: EngineState | None) -> None:
         """Take a report of the engine; keep its process, if it is one of this machine."""
-        self.state, self.last_progress = state, time.monotonic()
+        self.state = state
         local = state is not None and state.host == socket.gethostname()
         if state is not None and local and self.process is None:
             with suppress(psutil.NoSuchProcess):
@@ -154,18 +152,25 @@ class Fleet:
         self._restart_window = restart_window
         self._restarts: deque[float] = deque()
         self._weights: tuple[int, list[Any]] | None = None
+        self._current = True
         self._members = [_Member(index, self._spawn(index)) for index in range(count)]
         self.states()
 
     # Generation
 
     def submit(self, requests: Sequence[GenerationRequest]) -> None:
-        """Queue requests on the engines with the least to do; those of one prompt together."""
+        """Queue requests on the engines with the least to do; those of one prompt together.
+
+        Raises:
+            EngineError: the last weight update was broken off.
+        """
+        if not self._current:
+            raise EngineError("the last weight update was broken off: update the weights first")
         for _, group in itertools.groupby(requests, key=lambda r: tuple(r.prompt_token_ids)):
             batch = list(group)
             member = min(self._members, key=lambda m: (m.load, m.index))
             if not member.requests:
-                member.last_progress = time.monotonic()
+                member.silent = 0.0
             member.requests |= {request.request_id: request for request in batch}
             member.actor.call.remote("submit", batch)
 
@@ -176,6 +181,7 @@ class Fleet:
             for member in self._members:
                 if member.requests and member.poll is None:
                     member.poll = member.actor.poll.remote(POLL_SECONDS)
+                    member.asked = time.monotonic()
             waiting = [member.poll for member in self._members if member.poll is not None]
             remaining = max(0.0, deadline - time.monotonic())
             if not waiting:
@@ -241,17 +247,14 @@ class Fleet:
         self._require_idle("update weights")
         for member in self._members:
             member.actor.call.remote("begin_update", version)
+        # The old buckets go first: the object store need not hold two sets of weights.
+        self._weights, self._current = None, False
         references: list[Any] = []
-        loading: deque[list[Any]] = deque()
         for bucket in buckets:
             references.append(ray.put(bucket) if isinstance(bucket, WeightBucket) else bucket)
-            loading.append(
-                [m.actor.call.remote("load_bucket", references[-1]) for m in self._members]
-            )
-            if len(loading) > BUCKETS_IN_FLIGHT:
-                done = loading.popleft()
-                ray.wait(done, num_returns=len(done), timeout=self._hang_seconds)
-        self._weights = (version, references)
+            for member in self._members:
+                member.actor.call.remote("load_bucket", references[-1])
+        self._weights, self._current = (version, references), True
         self._ask(self._members, lambda m: m.actor.call.remote("finish_update"))
 
     def weights_checksum(self) -> list[dict[str, str]]:
@@ -325,14 +328,18 @@ class Fleet:
         except RayTaskError as error:
             self._replace(member, f"failed: {error.cause!r}")
             return []
-        if state != member.state or results:
-            member.note(state)
+        # Only time spent asking counts as silence, not that in which nobody asked.
+        stuck = state == member.state and not results
+        member.silent = member.silent + time.monotonic() - member.asked if stuck else 0.0
+        member.note(state)
         # A response is passed on once, and only while somebody wants it.
         return [r for r in results if member.requests.pop(r.request_id, None) is not None]
 
     def _check_progress(self, member: _Member) -> None:
         limit = self._hang_seconds if member.state is not None else self._start_seconds
-        silent = time.monotonic() - member.last_progress
+        silent = member.silent
+        if member.poll is not None:
+            silent += time.monotonic() - member.asked
         if member.requests and silent > limit:
             self._replace(member, f"made no step for {silent:.0f} seconds")
 
@@ -348,7 +355,7 @@ class Fleet:
             )
         member.end()
         member.actor = self._spawn(member.index)
-        member.poll, member.state, member.process, member.last_progress = None, None, None, now
+        member.poll, member.state, member.process, member.silent = None, None, None, 0.0
         if self._weights is not None:
             version, references = self._weights
             member.actor.call.remote("begin_update", version)

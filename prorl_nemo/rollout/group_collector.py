@@ -46,6 +46,7 @@ class PendingGroup:
         scores: of the samples graded so far, in the order they became known.
         certain: they differ, so the group carries signal whatever the others are.
         rejected: why the engine cannot serve the prompt, if it cannot.
+        carried: complete since an earlier batch, from an earlier policy.
     """
 
     prompt: Prompt
@@ -56,6 +57,14 @@ class PendingGroup:
     scores: list[float] = field(default_factory=list)
     certain: bool = False
     rejected: str | None = None
+    carried: bool = False
+
+    @classmethod
+    def from_samples(cls, prompt: Prompt, epoch: int, samples: list[Sample]) -> PendingGroup:
+        """A group carried over from an earlier batch."""
+        scores = Group(prompt, epoch, samples).scores
+        certain = is_certain(scores, len(samples))
+        return cls(prompt, epoch, len(samples), [], samples, scores, certain, carried=True)
 
     @property
     def complete(self) -> bool:
@@ -63,8 +72,8 @@ class PendingGroup:
 
     @property
     def tokens(self) -> int:
-        """Response tokens of the samples that have finished."""
-        return sum(len(sample.token_ids) for sample in self.samples)
+        """Response tokens of the samples that have finished, 0 where an earlier batch paid them."""
+        return 0 if self.carried else sum(len(sample.token_ids) for sample in self.samples)
 
     def group(self) -> Group:
         """The complete group, samples in their own order."""

@@ -40,8 +40,11 @@ MISMATCH_LIMIT = {"bf16": 0.03, "fp32": 1e-3}
 # Relative difference of the gradient norm between layouts. In bf16 another split rounds
 # activations elsewhere; in fp32 only the order of sums differs.
 GRADIENT_LIMIT = {"bf16": 0.02, "fp32": 1e-4}
-_PROMPTS = 6
+# Samples enough for a standard error of the mean mismatch well below its limit.
+_PROMPTS = 10
 _SAMPLES = 6
+# Groups whose gradients are compared: one rank repeats every prompt for every sample.
+_GRADIENT_GROUPS = 4
 
 
 @dataclass(frozen=True)
@@ -176,6 +179,21 @@ def made_up_batch(groups: Sequence[Group], temperature: float) -> TrainingBatch:
     return batch
 
 
+def first_groups(batch: TrainingBatch, groups: int) -> TrainingBatch:
+    """The first groups of a batch whose samples are listed group by group."""
+    samples = sum(len(group) for group in batch.groups[:groups])
+    return TrainingBatch(
+        batch.prompts[:groups],
+        batch.groups[:groups],
+        batch.responses[:samples],
+        batch.engine_logprobs[:samples],
+        batch.advantages[:samples],
+        batch.temperature,
+        batch.old_logprobs[:samples],
+        batch.reference_logprobs[:samples],
+    )
+
+
 @torch.no_grad()
 def transformers_logprobs(folder: Path, batch: TrainingBatch) -> list[NDArray[np.float32]]:
     """Log-probs [length] of each sample by transformers in fp32, one sequence at a time."""
@@ -196,12 +214,14 @@ def transformers_logprobs(folder: Path, batch: TrainingBatch) -> list[NDArray[np
 def _engine_line(when: str, recipe: Recipe, batch: TrainingBatch) -> Line:
     precisions = {recipe.policy.precision, recipe.rollout.precision or recipe.policy.precision}
     limit = max(MISMATCH_LIMIT[precision] for precision in precisions)
-    tokens = batch.response_tokens
+    differences = _differences(batch.old_logprobs, batch.engine_logprobs)
+    error = differences.std() / np.sqrt(len(differences))
     return _within(
         f"engine log-probs against the trainer's, {when}",
-        _mean_difference(batch.old_logprobs, batch.engine_logprobs),
+        differences.mean(),
         limit,
-        f"mean |difference| at temperature {batch.temperature:g} over {tokens} sampled tokens",
+        f"mean |difference| at temperature {batch.temperature:g} over {len(differences)} sampled "
+        f"tokens, standard error {error:.2g}",
     )
 
 
@@ -209,6 +229,7 @@ def _gradient_line(session: Session, batch: TrainingBatch) -> Line:
     """Gradient norm of the recipe's layout against one rank, one row, nothing shared."""
     recipe = session.recipe
     settings = _settings(recipe)
+    batch = first_groups(batch, _GRADIENT_GROUPS)
     here = session.policy.gradient_norm(batch, settings)
     plain = recipe.model_copy(deep=True)
     for key in ("tensor_parallel", "pipeline_parallel", "data_parallel"):
@@ -287,9 +308,13 @@ def _policy(recipe: Recipe, folder: Path) -> Iterator[PolicyGroup]:
         group.shutdown()
 
 
+def _differences(a: Sequence[NDArray[Any]], b: Sequence[NDArray[Any]]) -> NDArray[np.float64]:
+    """|a - b| of every token, [tokens]."""
+    return np.abs(np.concatenate(a).astype(np.float64) - np.concatenate(b).astype(np.float64))
+
+
 def _mean_difference(a: Sequence[NDArray[Any]], b: Sequence[NDArray[Any]]) -> float:
-    difference = np.concatenate(a).astype(np.float64) - np.concatenate(b).astype(np.float64)
-    return float(np.abs(difference).mean())
+    return float(_differences(a, b).mean())
 
 
 def _within(name: str, figure: float, limit: float, detail: str) -> Line:

@@ -261,6 +261,7 @@ class Trainer:
             total_steps=self.stages.total_steps,
             schedule=optimizer.schedule,
             warmup_steps=optimizer.warmup_steps,
+            decay_steps=optimizer.decay_steps,
             floor=optimizer.min_learning_rate,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import statistics
 import time
@@ -305,3 +306,40 @@ def test_keep_rate_learns_from_decided_groups() -> None:
     for _ in range(60):
         rate.forget()
     assert rate.chance(0) == pytest.approx(0.5, abs=0.01)
+
+
+def test_groups_carried_over_are_not_generated_twice() -> None:
+    world = World()
+
+    def run(carry_over: bool, restart: bool) -> tuple[list[list[str]], list[RolloutBatch]]:
+        sampler, fleet, prompts = sampler_in(world, engines=8, carry_over=carry_over)
+        batches = []
+        for _ in range(4):
+            batches.append(sampler.sample_batch(16, SAMPLING))
+            if restart:
+                state = json.loads(json.dumps(sampler.state_dict()))
+                sampler = DynamicSampler(
+                    fleet, SimulatedGrader(), prompts, SEED, carry_over=carry_over
+                )
+                sampler.load_state_dict(state)
+        return [prompt_ids(batch) for batch in batches], batches
+
+    plain_ids, plain = run(carry_over=False, restart=False)
+    for restart in (False, True):
+        ids, carried = run(carry_over=True, restart=restart)
+        assert ids == plain_ids
+        assert sum(batch.stale_groups for batch in carried) > 0
+        assert sum(b.wasted_tokens for b in carried) < sum(b.wasted_tokens for b in plain)
+        for one, other in zip(carried, plain, strict=True):
+            # The imagined policy does not change, so stale samples equal fresh ones.
+            assert [g.samples for g in one.groups] == [g.samples for g in other.groups]
+            assert one.tallies == other.tallies
+    assert all(batch.stale_groups == 0 for batch in plain)
+
+
+def test_a_new_stage_starts_without_carried_groups() -> None:
+    sampler, _, _ = sampler_in(World(), engines=8, carry_over=True)
+    while not sampler.state_dict()["carried"]:
+        sampler.sample_batch(16, SAMPLING)
+    batch = sampler.sample_batch(16, replace(SAMPLING, max_response_tokens=4096))
+    assert batch.stale_groups == 0

@@ -38,6 +38,26 @@ def test_decay_by_hand() -> None:
     assert found == pytest.approx([1e-6 * (1 + w) for w in weights], rel=1e-12)
 
 
+def test_inverse_sqrt_by_hand() -> None:
+    # Warm-up 1/4, 2/4, 3/4, 4/4; then 2 / sqrt(step), and the floor at half the peak.
+    found = rates(20, schedule="inverse_sqrt", warmup_steps=4, floor=1e-6)
+    assert found[:4] == pytest.approx([0.5e-6, 1e-6, 1.5e-6, 2e-6], rel=1e-12)
+    assert found[8] == pytest.approx(2e-6 * 2 / 3, rel=1e-12)
+    assert found[15:] == pytest.approx([1e-6] * 5, rel=1e-12)
+    assert rates(4, schedule="inverse_sqrt")[3] == pytest.approx(1e-6, rel=1e-12)
+
+
+def test_wsd_by_hand() -> None:
+    found = rates(8, schedule="wsd", warmup_steps=2, decay_steps=4)
+    expected = [1e-6, 2e-6, 2e-6, 2e-6, 2e-6, 1.5e-6, 1e-6, 0.5e-6]
+    assert found == pytest.approx(expected, rel=1e-12)
+    # All that is left after the warm-up, where the decay is longer than that.
+    assert rates(5, schedule="wsd", warmup_steps=1, decay_steps=9) == pytest.approx(
+        rates(5, schedule="linear", warmup_steps=1), rel=1e-12
+    )
+    assert rates(5, schedule="wsd") == [2e-6] * 5
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_floor_at_the_peak_is_constant(schedule: Schedule) -> None:
     assert rates(5, schedule=schedule, floor=2e-6) == [2e-6] * 5
@@ -58,11 +78,11 @@ def test_against_torch(schedule: Schedule) -> None:
         reference.step()
 
 
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "inverse_sqrt", "wsd"])
 def test_no_step_is_spent_at_rate_zero(schedule: Schedule) -> None:
     for total in (1, 2, 7):
         for warmup in (0, 1, 3, 7):
-            assert min(rates(total, schedule=schedule, warmup_steps=warmup)) > 0
+            assert min(rates(total, schedule=schedule, warmup_steps=warmup, decay_steps=3)) > 0
 
 
 def test_refusals() -> None:

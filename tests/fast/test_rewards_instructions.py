@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import string
 from typing import Any
 
 import pytest
@@ -102,6 +103,21 @@ def test_missing_arguments_are_refused_not_drawn() -> None:
     for name in ("keywords:existence", "length_constraints:number_words"):
         with pytest.raises(GradingError, match="lacks"):
             grade(record((name, {})), "text")
+
+
+def test_a_sign_is_counted_as_given() -> None:
+    """IFEval counts "#" and "!" in two prompts; the library replaces them by a random letter."""
+    arguments = {"letter": "#", "let_frequency": 2, "let_relation": "at least"}
+    item = record(("keywords:letter_frequency", arguments))
+    assert grade(item, "# one # two").score == 1.0
+    assert grade(item, string.ascii_letters * 9).score == 0.0
+
+
+@pytest.mark.parametrize("replaced", [{"letter": "ab"}, {"let_frequency": -1}])
+def test_arguments_that_the_library_would_replace_are_refused(replaced: dict[str, Any]) -> None:
+    arguments = {"letter": "a", "let_frequency": 2, "let_relation": "at least", **replaced}
+    with pytest.raises(GradingError, match=next(iter(replaced))):
+        grade(record(("keywords:letter_frequency", arguments)), "text")
 
 
 def test_null_arguments_count_as_missing() -> None:

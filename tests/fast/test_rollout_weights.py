@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from prorl_nemo.errors import UserError
-from prorl_nemo.rollout.engine import checkpoint_shapes
+from prorl_nemo.rollout.engine import EngineError, checkpoint_shapes, complete_weights
 from prorl_nemo.rollout.seeds import sample_seed
 from prorl_nemo.rollout.weights import pack_buckets, tensor_checksum, weight_checksums
 
@@ -111,3 +112,36 @@ def test_a_tied_head_in_the_checkpoint_is_not_asked_for(tmp_path: Path) -> None:
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no safetensors file"):
         checkpoint_shapes(tmp_path)
+
+
+TIED = {"model.embed_tokens.weight": (4, 2), "model.norm.weight": (2,)}
+UNTIED = {**TIED, "lm_head.weight": (4, 2)}
+EMBEDDING = ("model.embed_tokens.weight", torch.ones(4, 2))
+NORM = ("model.norm.weight", torch.ones(2))
+HEAD = ("lm_head.weight", torch.zeros(4, 2))
+
+
+def test_a_tied_head_is_always_sent() -> None:
+    for sent in ([EMBEDDING, NORM], [EMBEDDING, NORM, HEAD]):
+        passed = dict(complete_weights(sent, TIED))
+        assert passed["lm_head.weight"] is EMBEDDING[1]
+        assert list(passed) == ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+
+
+def test_an_untied_head_is_passed_on_as_it_is() -> None:
+    assert list(complete_weights([EMBEDDING, NORM, HEAD], UNTIED)) == [EMBEDDING, NORM, HEAD]
+
+
+@pytest.mark.parametrize(
+    ("sent", "message"),
+    [
+        ([EMBEDDING, HEAD], "1 tensors never arrived: model.norm.weight"),
+        ([EMBEDDING, NORM], "1 tensors never arrived: lm_head.weight"),
+        ([EMBEDDING, NORM, NORM, HEAD], "model.norm.weight: sent twice"),
+        ([EMBEDDING, ("other", torch.ones(1))], "other: .* not a tensor of the model"),
+        ([("model.norm.weight", torch.ones(3))], r"shape \(3,\), expected \(2,\)"),
+    ],
+)
+def test_an_incomplete_set_of_weights_is_refused(sent: list[Any], message: str) -> None:
+    with pytest.raises(EngineError, match=message):
+        list(complete_weights(sent, UNTIED))

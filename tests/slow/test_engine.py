@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from prorl_nemo.errors import UserError
 from prorl_nemo.records import Prompt
+from prorl_nemo.rewards.verdict import Verdict
 from prorl_nemo.rollout.dynamic_sampler import DynamicSampler
 from prorl_nemo.rollout.engine import EngineBusyError, EngineError, EngineSettings
 from prorl_nemo.rollout.fleet import Fleet, FleetError
@@ -22,6 +24,7 @@ from prorl_nemo.rollout.group_collector import Sampling
 from prorl_nemo.rollout.protocol import GenerationRequest, GenerationResult
 from prorl_nemo.rollout.weights import WeightBucket, pack_buckets, weight_checksums
 from prorl_nemo.tiny_model import tiny_model
+from prorl_nemo.training.session import start_ray
 
 MODEL_LEN = 256
 PROMPTS = [[11, 42, 300, 7], [5] * 70 + [9], [400, 401, 402]]
@@ -29,9 +32,7 @@ PROMPTS = [[11, 42, 300, 7], [5] * 70 + [9], [400, 401, 402]]
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    ray.init(
-        num_cpus=2, include_dashboard=False, object_store_memory=128 << 20, log_to_driver=False
-    )
+    start_ray()
     yield
     ray.shutdown()
 
@@ -109,7 +110,7 @@ def test_weights_and_logprobs_agree_with_transformers(
 ) -> None:
     folder = tiny_model(family, tmp_path / "model", tied=tied, dtype=dtype)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    fleet = Fleet(settings(folder, dtype), 1)
+    fleet = Fleet(settings(folder, dtype), 1, max_restarts=0)
     try:
         fleet.verify_weights(weight_checksums(model.state_dict().items(), getattr(torch, dtype)))
         for version in (1, 2):
@@ -142,6 +143,13 @@ def test_weights_and_logprobs_agree_with_transformers(
             (score,) = fleet.score([sequence])
             expected = reference_logprobs(model, sequence[:1], sequence[1:], 1.0, 1.0)
             assert (torch.tensor(score).double() - expected).abs().max() < tolerance
+        # An update that fails half-way: the engine does not generate with what it has now.
+        some = [(n, p) for n, p in model.named_parameters() if "layers.1.mlp.up" not in n]
+        with pytest.raises(EngineError, match=r"never arrived: model.layers.1.mlp.up_proj.weight"):
+            fleet.update_weights(3, pack_buckets(some, getattr(torch, dtype)))
+        fleet.submit([request("after")])
+        with pytest.raises(FleetError, match="failed"):
+            collect(fleet, 1)
     finally:
         fleet.shutdown()
 
@@ -162,7 +170,7 @@ def fleet(model_folder: Path, events: list[Any]) -> Iterator[Fleet]:
         settings(model_folder),
         2,
         on_event=lambda name, details: events.append((name, details)),
-        hang_seconds=8.0,
+        hang_seconds=10.0,
         max_restarts=4,
     )
     yield fleet
@@ -229,7 +237,6 @@ def test_what_cannot_be_served_is_rejected_and_harms_nobody(fleet: Fleet) -> Non
             request("fine"),
         ],
     )
-    assert [name for name, r in results.items() if r.rejected] != []
     assert {name for name, r in results.items() if r.rejected} == {
         "long",
         "unknown token",
@@ -277,35 +284,36 @@ def test_an_engine_lost_during_generation_loses_no_sample(
     fleet.verify_weights(weight_checksums(model.state_dict().items(), torch.float32))
 
 
+class Stream:
+    """Twenty prompts, one of which does not fit the engine."""
+
+    def __init__(self) -> None:
+        self.queue = [
+            (Prompt(str(i), "math", "coin", [], [20 + i, 30] * (120 if i == 2 else 1), {}), 0)
+            for i in range(20)
+        ]
+
+    def draw(self) -> tuple[Prompt, int]:
+        return self.queue.pop(0)
+
+    def put_back(self, prompts: list[tuple[Prompt, int]]) -> None:
+        self.queue[:0] = prompts
+
+
+class CoinGrader:
+    """Rewards a coin that falls on the response's text."""
+
+    def submit(self, request_id: str, grading: dict[str, Any], text: str) -> Future[Verdict]:
+        future: Future[Verdict] = Future()
+        future.set_result(Verdict(float(sum(text.encode()) % 4 == 0)))
+        return future
+
+
 def test_the_sampler_repeats_itself_on_real_engines(fleet: Fleet) -> None:
-    class Stream:
-        """Twenty prompts, one of which does not fit."""
-
-        def __init__(self) -> None:
-            self.queue = [
-                (Prompt(str(i), "math", "length", [], [20 + i, 30] * (1 if i != 2 else 120), {}), 0)
-                for i in range(20)
-            ]
-
-        def draw(self) -> tuple[Prompt, int]:
-            return self.queue.pop(0)
-
-        def put_back(self, prompts: list[tuple[Prompt, int]]) -> None:
-            self.queue[:0] = prompts
-
-    class Grader:
-        """Rewards a coin that falls on the response's text."""
-
-        def submit(self, request_id: str, grading: dict[str, Any], text: str) -> Any:
-            future: Any = __import__("concurrent.futures").futures.Future()
-            score = float(sum(text.encode()) % 4 == 0)
-            future.set_result(type("Verdict", (), {"score": score, "reason": ""}))
-            return future
-
     batches = []
     for _ in range(2):
         stream = Stream()
-        sampler = DynamicSampler(fleet, Grader(), stream, run_seed=3)
+        sampler = DynamicSampler(fleet, CoinGrader(), stream, run_seed=3)
         batch = sampler.sample_batch(4, Sampling(4, 1.2, 24))
         assert stream.queue[0][0].prompt_id == str(4 + batch.rejected + 1)
         batches.append(batch)
@@ -322,17 +330,13 @@ def test_an_engine_lost_during_an_update_gets_it_all(
 ) -> None:
     randomise(model, 2)
     before = len(events)
+    pid = fleet.states()[0].pid
 
     def interrupted() -> Iterator[WeightBucket]:
         for index, bucket in enumerate(pack_buckets(model.named_parameters(), None, 60_000)):
             if index == 3:
-                kill_first_without_asking()
+                os.kill(pid, signal.SIGKILL)
             yield bucket
-
-    pid = fleet.states()[0].pid
-
-    def kill_first_without_asking() -> None:
-        os.kill(pid, signal.SIGKILL)
 
     fleet.update_weights(2, interrupted())
     fleet.verify_weights(weight_checksums(model.state_dict().items(), torch.float32))
@@ -355,44 +359,6 @@ def test_too_many_losses_end_the_run(fleet: Fleet) -> None:
     kill_first(fleet, signal.SIGKILL)
     with pytest.raises(FleetError, match="5 engine failures within 3600 seconds"):
         collect(fleet, 24)
-    fleet.abort([f"last{i}" for i in range(24)]) if False else None
-
-
-def incomplete(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    return ((n, p) for n, p in model.named_parameters() if "layers.1.mlp.up" not in n)
-
-
-def unknown(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from model.named_parameters()
-    yield "model.layers.9.extra.weight", torch.zeros(2)
-
-
-def misshapen(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    return ((n, p[:-1] if n == "model.norm.weight" else p) for n, p in model.named_parameters())
-
-
-FAULTY: dict[str, tuple[Callable[[PreTrainedModel], Any], str]] = {
-    "incomplete": (incomplete, "1 tensors never arrived: model.layers.1.mlp.up_proj.weight"),
-    "unknown": (unknown, "model.layers.9.extra.weight: sent twice, or not a tensor of the model"),
-    "misshapen": (misshapen, r"model.norm.weight: shape \(127,\), expected \(128,\)"),
-}
-
-
-@pytest.mark.parametrize("fault", list(FAULTY))
-def test_a_faulty_update_leaves_no_engine_with_mixed_weights(
-    model_folder: Path, model: PreTrainedModel, fault: str
-) -> None:
-    stream, message = FAULTY[fault]
-    fleet = Fleet(settings(model_folder), 1, max_restarts=0)
-    try:
-        with pytest.raises(EngineError, match=message):
-            fleet.update_weights(1, pack_buckets(stream(model), None, 60_000))
-        # The engine refuses to generate with what it has now.
-        fleet.submit([request("after")])
-        with pytest.raises(FleetError, match="failed"):
-            collect(fleet, 1)
-    finally:
-        fleet.shutdown()
 
 
 def test_a_model_vllm_cannot_run_is_a_user_error(tmp_path: Path) -> None:

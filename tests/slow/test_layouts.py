@@ -112,6 +112,21 @@ LAYOUTS = [
 ]
 
 
+def table_row(layout: Layout) -> str:
+    """The layout's line in docs/layouts.md."""
+    counts = [layout.pp, layout.vpp, layout.cp, layout.dp, layout.tokens]
+    cells = [
+        layout.family,
+        "tied" if layout.tied else "untied",
+        str(layout.tp),
+        "yes" if layout.sp else "",
+        *map(str, counts),
+        "yes" if layout.shared else "",
+        layout.recompute if layout.recompute != "none" else "",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """models(family, tied) -> (folder, Expected), each computed once."""
@@ -328,3 +343,36 @@ def test_checkpoint_goes_on_in_another_layout(family: str, models: Any, tmp_path
         trained = union_of_weights(wanted, "trained")
         for name, tensor in union_of_weights(found, "trained").items():
             assert distance(tensor, trained[name]) < RELATIVE, (str(layout), name)
+
+
+# Contexts of 8 and 12 positions, which the sequences of the batch exceed.
+ROPE_SCALINGS: dict[str, dict[str, Any]] = {
+    "linear": {"rope_type": "linear", "factor": 2.5},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 12,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ROPE_SCALINGS)
+def test_scaled_rotary_positions(kind: str, models: Any, tmp_path: Path) -> None:
+    scaling = ROPE_SCALINGS[kind] | {"rope_theta": 10000.0}
+    model = independent.make_model("llama", TIED, tmp_path, rope_parameters=scaling)
+    data, logprobs, _ = independent.make_data(model)
+    (answer,) = run_ranks(compute, 1, recipe(Layout("llama", TIED), tmp_path), tmp_path, data)
+    plain = models("llama", TIED)[1].logprobs
+    for sample, wanted in enumerate(logprobs):
+        assert distance(answer["logprobs"][sample][0], wanted) < RELATIVE
+    # The scaling matters: the same weights without it give other numbers.
+    assert max(distance(*pair) for pair in zip(logprobs, plain, strict=True)) > 1e-2
+
+
+def test_the_table_in_the_docs_is_this_set() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "layouts.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith(("| llama", "| qwen"))]
+    assert rows == [table_row(layout) for layout in LAYOUTS]

@@ -139,10 +139,14 @@ def test_instruction_scores_agree_with_the_library(pool: GraderPool) -> None:
 
     _known()  # sentences split by the packaged model, in the reference too
     shuffler = random.Random(1)
+    compared = 0
     pieces = ["A plain *answer*.", "It is short, isn't it?", "\n\n", "* point", "P.S. bye", "HELLO"]
     for row in rows("ifeval", 541):
         response = " ".join(shuffler.choices(pieces, k=12))
         given = [kwargs or {} for kwargs in row["kwargs"]]
+        if any(kwargs.get("letter") in ("#", "!") for kwargs in given):
+            continue  # Here the library counts a letter drawn at random.
+        compared += 1
         _, scores = evaluate_instructions(
             response, row["instruction_id_list"], given, row["prompt"], INSTRUCTION_DICT
         )
@@ -151,6 +155,7 @@ def test_instruction_scores_agree_with_the_library(pool: GraderPool) -> None:
         assert verdict.score == pytest.approx(scores.partial_strict)
         assert verdict.parts["prompt_strict"] == scores.binary_strict
         assert verdict.parts["instruction_loose"] == pytest.approx(scores.partial_loose)
+    assert compared == 541 - 2
 
 
 def test_codeforces_records_are_read(pool: GraderPool) -> None:
