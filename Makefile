@@ -5,7 +5,7 @@ BIN := .venv/bin
 export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup quickstart test test-fast test-slow lint bench clean
+.PHONY: setup quickstart test test-fast test-slow test-kill lint bench clean
 
 setup: .venv/ready
 
@@ -28,6 +28,11 @@ test-fast: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest tests/slow
+
+# A run that is killed twelve times ends as one that never was (docs/resume.md).
+test-kill: setup
+	rm -rf build/kill
+	$(BIN)/python tests/kill/killed_run.py --kills 12 --folder build/kill --json docs/figures/killed_run.json
 
 lint: setup
 	$(BIN)/ruff check .

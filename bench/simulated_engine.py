@@ -59,7 +59,7 @@ class World:
 
 @dataclass(order=True)
 class _Job:
-    """A response to make; `finish` is when, in ticks of its engine."""
+    """`length` tokens to make; `finish` is when, in ticks of its engine."""
 
     finish: float
     request_id: str
@@ -83,16 +83,18 @@ class _Engine:
             job.finish = self.ticks + job.length
             heapq.heappush(self.running, job)
 
-    def drop(self, request_ids: set[str]) -> float:
-        wasted = sum(
-            job.length - (job.finish - self.ticks)
+    def drop(self, request_ids: set[str]) -> dict[str, int]:
+        """Tokens made for each request dropped. The one under way is lost, never the last."""
+        made = {
+            job.request_id: min(job.length - 1, int(job.length - (job.finish - self.ticks)))
             for job in self.running
             if job.request_id in request_ids
-        )
+        }
+        made |= {job.request_id: 0 for job in self.queue if job.request_id in request_ids}
         self.running = [job for job in self.running if job.request_id not in request_ids]
         heapq.heapify(self.running)
         self.queue = deque(job for job in self.queue if job.request_id not in request_ids)
-        return wasted
+        return made
 
 
 class SimulatedFleet:
@@ -102,6 +104,7 @@ class SimulatedFleet:
         now: simulated seconds.
         generated_tokens: response tokens made so far.
         busy_seconds: sum over engines of the time with at least one sequence.
+        weight_version: what responses are marked with.
     """
 
     def __init__(
@@ -116,6 +119,7 @@ class SimulatedFleet:
         self.now = 0.0
         self.generated_tokens = 0.0
         self.busy_seconds = 0.0
+        self.weight_version = 0
         self._engines = [_Engine(slots) for _ in range(engines)]
         self._base = base_seconds
         self._per_sequence = sequence_seconds
@@ -127,8 +131,13 @@ class SimulatedFleet:
         for index, group in groups.items():
             engine = min(self._engines, key=lambda e: len(e.running) + len(e.queue))
             for request in group:
-                length, finish_reason, score = self.world.response(str(index), request.seed)
-                engine.queue.append(_Job(0.0, request.request_id, length, finish_reason, score))
+                length, finish_reason, score = self.respond(str(index), request)
+                left = length - len(request.prefix)
+                engine.queue.append(_Job(0.0, request.request_id, left, finish_reason, score))
+
+    def respond(self, prompt_id: str, request: GenerationRequest) -> tuple[int, str, float]:
+        """Length in tokens (prefix included), finish reason and score of the response."""
+        return self.world.response(prompt_id, request.seed)
 
     def poll(self, max_wait: float) -> list[GenerationResult]:
         """Jump to the next time that a response finishes."""
@@ -151,19 +160,25 @@ class SimulatedFleet:
             while engine.running and engine.running[0].finish <= engine.ticks + 1e-6:
                 finished.append(heapq.heappop(engine.running))
         return [
-            GenerationResult(
-                request_id=job.request_id,
-                token_ids=[0] * job.length,
-                logprobs=[0.0] * job.length,
-                finish_reason=job.finish_reason,
-                text=str(job.score),
-                weight_version=0,
-            )
+            self._result(job.request_id, job.length, job.finish_reason, str(job.score))
             for job in finished
         ]
 
     def abort(self, request_ids: Sequence[str]) -> int:
-        return round(sum(engine.drop(set(request_ids)) for engine in self._engines))
+        return sum(len(result.token_ids) for result in self.interrupt(request_ids))
+
+    def interrupt(self, request_ids: Sequence[str]) -> list[GenerationResult]:
+        wanted = set(request_ids)
+        return [
+            self._result(request_id, tokens, "interrupted", "")
+            for engine in self._engines
+            for request_id, tokens in engine.drop(wanted).items()
+        ]
+
+    def _result(self, request_id: str, tokens: int, reason: str, text: str) -> GenerationResult:
+        return GenerationResult(
+            request_id, [0] * tokens, [0.0] * tokens, reason, text, self.weight_version
+        )
 
 
 @dataclass(frozen=True)
@@ -182,20 +197,24 @@ class SimulatedGrader:
 
 
 class SimulatedPrompts:
-    """Prompts 0, 1, 2, ... without end, or `size` of them epoch by epoch."""
+    """Prompts 0, 1, 2, ... without end, or `size` of them epoch by epoch.
+
+    Attributes:
+        waiting: prompts that were put back.
+    """
 
     def __init__(self, size: int | None = None) -> None:
         self._size = size
         self._next = 0
-        self._queue: deque[tuple[Prompt, int]] = deque()
+        self.waiting: deque[tuple[Prompt, int]] = deque()
 
     def draw(self) -> tuple[Prompt, int]:
-        if self._queue:
-            return self._queue.popleft()
+        if self.waiting:
+            return self.waiting.popleft()
         epoch, index = divmod(self._next, self._size) if self._size else (0, self._next)
         self._next += 1
         prompt = Prompt(str(index), "math", f"task{index % 3}", [], [index], {"kind": "simulated"})
         return prompt, epoch
 
     def put_back(self, prompts: list[tuple[Prompt, int]]) -> None:
-        self._queue.extendleft(reversed(prompts))
+        self.waiting.extendleft(reversed(prompts))

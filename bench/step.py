@@ -1,7 +1,8 @@
-"""Where a training step of the quickstart spends its time, and what sharing prompts gains.
+"""Where a training step of the quickstart spends its time; what shared prompts and packing gain.
 
 Real steps of the real recipe (model, engine, trainer) in a throw-away run directory. The first
-step warms up and is not counted.
+step warms up and is not counted. Shared prompts are measured on the quickstart's own prompts,
+packing on a mix of lengths (padded_rows.py).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import ray
 from rich.console import Console
 from rich.table import Table
 
+from bench.padded_rows import measure
 from prorl_nemo.cluster.policy_group import PolicyGroup
 from prorl_nemo.model_source import resolve_model
 from prorl_nemo.recipe import load_recipe
@@ -49,7 +51,7 @@ def main(json_path: Path | None) -> None:
             open_session(recipe, model, lambda event, details: None, view.phase) as session,
         ):
             checkpoints = Checkpoints(recipe.run_dir / "checkpoints", 1)
-            trainer = Trainer(session, log, view, checkpoints, lambda: None)
+            trainer = Trainer(session, log, view, checkpoints, lambda seconds: None)
             for _ in range(STEPS):
                 trainer.train_step()
             batch = _batch(session, trainer)
@@ -58,7 +60,8 @@ def main(json_path: Path | None) -> None:
         plain_recipe = recipe.model_copy(deep=True)
         plain_recipe.policy.shared_prompts = False
         plain = _plain_seconds(plain_recipe, model, batch)
-    figures = _figures(rows, batch, shared, plain)
+        packing = measure(plain_recipe, model)
+    figures = _figures(rows, batch, shared, plain) | {"packing": packing}
     console.print(_table(figures))
     if json_path:
         json_path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,4 +156,5 @@ def _table(figures: dict[str, Any]) -> Table:
     gains = figures["shared_prompts"]
     table.add_row("shared prompts, log-probs", f"{gains['speedup_logprobs']:.2f} x", "")
     table.add_row("shared prompts, updates", f"{gains['speedup_train']:.2f} x", "")
+    table.add_row("packed against padded rows", f"{figures['packing']['speedup']:.2f} x", "")
     return table

@@ -1,13 +1,14 @@
 """A policy update on its way into the engines: seconds, against what it cannot go below.
 
-Trainer ranks -> Ray's object store -> engines, for float32 and bfloat16, one and three trainer
-ranks (tensor parallel), one and two engines. Beside it, for the same tensors: vLLM's own
-`reload_weights` inside one process, which is what the engines have to do in any case, and a plain
-copy of the same bytes.
+Trainer ranks -> Ray's object store -> engines, for float32 and bfloat16, one and two trainer ranks
+(tensor parallel), one and two engines. Beside it, for the same tensors: vLLM's own
+`reload_weights` inside as many processes at once as there are engines, which is what the engines
+have to do in any case, and a plain copy of the same bytes. Least of several repeats.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -23,15 +24,16 @@ from safetensors.torch import load_file
 from prorl_nemo.cluster.policy_group import PolicyGroup
 from prorl_nemo.model_source import resolve_model
 from prorl_nemo.recipe import Recipe, load_recipe
-from prorl_nemo.rollout.engine import EngineSettings, VllmEngine
+from prorl_nemo.rollout.engine import VllmEngine
+from prorl_nemo.rollout.engine_settings import EngineSettings
 from prorl_nemo.rollout.fleet import Fleet
 from prorl_nemo.training.session import start_ray
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
-CASES = (("bf16", 1, 1), ("bf16", 3, 1), ("bf16", 1, 2), ("fp32", 1, 1))
-"""(precision, trainer ranks, engines). Three ranks, because the model has nine heads."""
+CASES = tuple(itertools.product(("bf16", "fp32"), (1, 2), (1, 2)))
+"""(precision, trainer ranks, engines)."""
 
-REPEATS = 4
+REPEATS = 5
 
 
 @ray.remote
@@ -73,30 +75,33 @@ def best(action: Callable[[], Any]) -> float:
     return min(times[1:])
 
 
-def measure(recipe: Recipe, folder: Path, engines: int) -> dict[str, float]:
-    settings = EngineSettings.from_recipe(recipe, folder)
+def alone(settings: EngineSettings, engines: int) -> dict[str, float]:
+    """What the engines need by themselves, all at the same time."""
     environment: dict[str, Any] = {"env_vars": settings.environment()}
-    alone = Alone.options(num_cpus=0, runtime_env=environment).remote(settings)
-    reload = ray.get(alone.reload.remote())
-    copy = ray.get(alone.copy.remote())
-    megabytes = ray.get(alone.megabytes.remote())
-    ray.kill(alone)
-    policy = PolicyGroup(recipe, folder)
-    fleet = Fleet(settings, engines)
+    actors = [
+        Alone.options(num_cpus=0, runtime_env=environment).remote(settings) for _ in range(engines)
+    ]
     try:
-        sync = best(lambda: fleet.update_weights(1, policy.weights()))
+        return {
+            "megabytes": ray.get(actors[0].megabytes.remote()),
+            "reload_seconds": max(ray.get([actor.reload.remote() for actor in actors])),
+            "copy_seconds": ray.get(actors[0].copy.remote()),
+        }
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
+def synced(recipe: Recipe, folder: Path, settings: EngineSettings, engines: int) -> float:
+    """Seconds of an update from the trainer's ranks, which is then proved to have arrived."""
+    policy, fleet = PolicyGroup(recipe, folder), Fleet(settings, engines)
+    try:
+        seconds = best(lambda: fleet.update_weights(1, policy.weights()))
         fleet.verify_weights(policy.weight_checksums(settings.dtype))
+        return seconds
     finally:
         fleet.shutdown()
         policy.shutdown()
-    return {
-        "megabytes": megabytes,
-        "sync_seconds": sync,
-        "reload_seconds": reload,
-        "copy_seconds": copy,
-        "sync_over_reload": sync / reload,
-        "sync_over_copy": sync / copy,
-    }
 
 
 def main(json_path: Path | None) -> None:
@@ -104,6 +109,7 @@ def main(json_path: Path | None) -> None:
     rows: list[dict[str, Any]] = []
     start_ray()
     try:
+        limits: dict[tuple[str, int], dict[str, float]] = {}
         for precision, ranks, engines in CASES:
             recipe = load_recipe(
                 RECIPE,
@@ -113,8 +119,22 @@ def main(json_path: Path | None) -> None:
                     f"rollout.engines={engines}",
                 ],
             )
-            figures = measure(recipe, resolve_model(recipe.model), engines)
-            rows.append({"precision": precision, "ranks": ranks, "engines": engines, **figures})
+            folder = resolve_model(recipe.model)
+            settings = EngineSettings.from_recipe(recipe, folder)
+            if (precision, engines) not in limits:
+                limits[precision, engines] = alone(settings, engines)
+            limit, seconds = limits[precision, engines], synced(recipe, folder, settings, engines)
+            rows.append(
+                {
+                    "precision": precision,
+                    "ranks": ranks,
+                    "engines": engines,
+                    **limit,
+                    "sync_seconds": seconds,
+                    "sync_over_reload": seconds / limit["reload_seconds"],
+                    "sync_over_copy": seconds / limit["copy_seconds"],
+                }
+            )
     finally:
         ray.shutdown()
     table = Table(title=f"weights of {recipe.model} into the engines")
@@ -133,4 +153,5 @@ def main(json_path: Path | None) -> None:
         )
     Console().print(table)
     if json_path:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
         json_path.write_text(json.dumps(rows, indent=1) + "\n")

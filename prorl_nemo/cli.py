@@ -20,6 +20,8 @@ app = typer.Typer(
     # Typer's own tracebacks print local variables: whole tensors, and tokens of the environment.
     pretty_exceptions_enable=False,
 )
+data_app = typer.Typer(help="Prompts to train on.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="section.key=value overrides.")
@@ -77,6 +79,21 @@ def report(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")],
+    out: Annotated[Path, typer.Option(help="The model's folder: new or empty.")],
+    step: Annotated[
+        int | None, typer.Option(min=0, help="Of which checkpoint; default: the newest.")
+    ] = None,
+) -> None:
+    """A step of a run as a Hugging Face model: sharded safetensors, tokenizer, configs."""
+    with _errors():
+        from prorl_nemo.export import export_step
+
+        print(f"step {export_step(run, out, step)} of {run}: {out}")
+
+
+@app.command()
 def grade(
     file: Annotated[
         Path, typer.Argument(metavar="FILE", help="JSON lines: grading, response, ...")
@@ -93,9 +110,17 @@ def grade(
     sandbox: Annotated[
         str, typer.Option(help="Where code runs: auto, bubblewrap, landlock or none.")
     ] = "auto",
+    allow_unsafe: Annotated[
+        bool, typer.Option("--allow-unsafe", help="Needed for --sandbox none.")
+    ] = False,
 ) -> None:
     """Grade a file of responses and say what the graders said."""
     with _errors():
+        if sandbox == "none" and not allow_unsafe:
+            raise UserError(
+                "--sandbox: none runs code that a model wrote with your rights; use auto, or add "
+                "--allow-unsafe"
+            )
         from prorl_nemo.rewards.grade_file import grade_file
 
         found = grade_file(file, workers=workers, training=not evaluation, out=out, sandbox=sandbox)
@@ -106,6 +131,21 @@ def grade(
     if found.bad_lines:
         console.print(f"{len(found.bad_lines)} lines could not be graded")
     raise typer.Exit(1 if found.bad_lines else 0)
+
+
+@data_app.command("build")
+def data_build(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Build the prompts that the recipe's data.build describes; resumes where it stopped."""
+    with _errors():
+        from prorl_nemo.recipe import load_recipe
+
+        settings = load_recipe(recipe, overrides or [])
+        from prorl_nemo.data.build import build
+        from prorl_nemo.data.build_summary import summary
+
+        console = Console()
+        manifest = build(settings, console)
+        console.print(summary(manifest))
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from prorl_nemo import smollm2
+from prorl_nemo import smollm2, tiny_arithmetic
 from prorl_nemo.errors import ModelError
 from prorl_nemo.tiny_model import tiny_model
 
@@ -31,7 +31,8 @@ def resolve_model(name: str) -> Path:
     """The local folder of a model.
 
     Args:
-        name: a folder, a hub name (`org/name`), or the built-in `smollm2-135m-instruct`.
+        name: a folder, a hub name (`org/name`), or a built-in one: `smollm2-135m-instruct`,
+            `tiny-arithmetic`.
 
     Raises:
         ModelError: nothing of that name, or a folder that is incomplete or damaged; the
@@ -39,6 +40,8 @@ def resolve_model(name: str) -> Path:
     """
     if name == smollm2.NAME:
         return smollm2.smollm2_folder()
+    if name == tiny_arithmetic.NAME:
+        return tiny_arithmetic.tiny_arithmetic_folder()
     try:
         folder = Path(name).expanduser()
     except RuntimeError as error:

@@ -17,12 +17,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from prorl_nemo.recipe_data import Data, Grading, Positive, Threads
+from prorl_nemo.recipe_rollout import Rollout
+from prorl_nemo.recipe_training import (
+    Checkpoint,
+    Cosine,
+    Faults,
+    ReferenceReset,
+    Stage,
+    Tracking,
+)
 from prorl_nemo.settings_file import Section, load_settings, parse_settings
-
-# A step, token or prompt count beyond the upper bound is a slip of the keyboard.
-Positive = Annotated[int, Field(ge=1, le=1_000_000_000)]
-Threads = Annotated[int, Field(ge=1, le=1024)]
-
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -37,6 +42,11 @@ class Optimizer(Section):
         (0.9, 0.999), description="Decay of Adam's two moments."
     )
     eps: float = Field(1e-8, gt=0, description="Adam's epsilon.")
+    moments: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="Type Adam's moments are kept in. bf16, rounded stochastically, saves 4 bytes "
+        "a parameter.",
+    )
     weight_decay: float = Field(
         0.01, ge=0, description="Decoupled weight decay; none on norms and biases."
     )
@@ -87,6 +97,11 @@ class Policy(Section):
     shared_prompts: bool = Field(
         True, description="Compute a group's prompt once for all its responses in a packed row."
     )
+    attention: Literal["sdpa", "flex"] = Field(
+        "sdpa",
+        description="sdpa: a product for each prompt and response. flex: one block-sparse kernel "
+        "for a row, on GPUs only, without context_parallel.",
+    )
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="Activation recomputation of Megatron-Core."
     )
@@ -100,6 +115,29 @@ class Policy(Section):
         """Trainer processes."""
         model = self.tensor_parallel * self.pipeline_parallel * self.context_parallel
         return model * self.data_parallel
+
+    @property
+    def layout(self) -> str:
+        """The axes that are used, by the field's short names: `TP 2, SP, PP 2, VPP 4`."""
+        sizes = {
+            "TP": self.tensor_parallel,
+            "PP": self.pipeline_parallel,
+            "VPP": self.virtual_pipeline,
+            "CP": self.context_parallel,
+            "DP": self.data_parallel,
+        }
+        parts = [f"{name} {size}" for name, size in sizes.items() if size > 1]
+        if self.sequence_parallel:
+            parts.insert(1, "SP")
+        return ", ".join(parts) or "one rank"
+
+    def on_one_rank(self) -> Policy:
+        """A copy that computes the same in a single process."""
+        axes = ("tensor", "pipeline", "context", "data")
+        alone: dict[str, Any] = {f"{axis}_parallel": 1 for axis in axes}
+        return self.model_copy(
+            update={**alone, "virtual_pipeline": 1, "sequence_parallel": False}, deep=True
+        )
 
 
 class KL(Section):
@@ -149,28 +187,6 @@ class Algorithm(Section):
     importance: ImportanceCorrection = ImportanceCorrection()
 
 
-class Cosine(Section):
-    """Scheduled cosine length penalty (ProRL v2): weight * eta(length), in cycles of steps."""
-
-    weight: float = Field(0.1, ge=0, description="lambda_len; not published, our choice 0.1.")
-    eta_min: float = Field(0.0, description="Eta of a response as long as the limit.")
-    eta_max: float = Field(1.0, description="Eta of an empty response.")
-    on_steps: Positive = Field(100, description="Steps of each cycle with the penalty.")
-    off_steps: int = Field(500, ge=0, description="Steps of each cycle without it.")
-    start_with: Literal["on", "off"] = Field("on", description="Which half opens the cycle.")
-    correct_only: bool = Field(
-        True,
-        description="Only for responses with a full score; applying it to wrong ones "
-        "rewards short guessing.",
-    )
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Cosine:
-        if self.eta_min > self.eta_max:
-            raise ValueError("eta_min must not exceed eta_max: longer answers would earn more")
-        return self
-
-
 class Overlong(Section):
     """DAPO's soft overlong penalty: 0 up to (limit - buffer), then linear to -weight."""
 
@@ -188,73 +204,6 @@ class Shaping(Section):
     cosine: Cosine | None = Field(Cosine(), description="Cosine length penalty; null is off.")
 
 
-class Rollout(Section):
-    """Sampling with vLLM."""
-
-    prompts_per_step: int = Field(
-        256, ge=1, le=65536, description="Groups with signal that a step trains on."
-    )
-    samples_per_prompt: int = Field(16, ge=2, le=1024, description="Responses of a group.")
-    max_response_tokens: Positive = Field(8192, description="Response limit, end of turn included.")
-    temperature: float = Field(1.2, gt=0, le=2, description="ProRL v1: 1.2.")
-    engines: int = Field(1, ge=1, le=4096, description="vLLM engines, a process each.")
-    engine_threads: Threads | None = Field(
-        None, description="CPU threads per engine; default: cores divided by engines."
-    )
-    precision: Literal["bf16", "fp32"] | None = Field(
-        None, description="The engine's type; default: the policy's."
-    )
-    fp32_head: bool = Field(
-        True, description="Logits in fp32 in the engine too; bf16 rounds one of 16 by up to 0.06."
-    )
-    kv_cache_mib: Positive | None = Field(
-        None, description="KV cache per engine; default: 512 on CPU, gpu_memory_share on GPU."
-    )
-    gpu_memory_share: float = Field(
-        0.5, gt=0, le=1, description="Share of the GPU's memory for an engine's weights and cache."
-    )
-    max_rejected_per_kept: float = Field(
-        20.0,
-        gt=0,
-        le=10_000,
-        description="Rejected groups per kept one in a step before the run stops.",
-    )
-
-
-class Source(Section):
-    """One task of the data mix."""
-
-    kind: Literal["reasoning_gym"] = Field("reasoning_gym", description="Where prompts come from.")
-    task: str = Field(min_length=1, description="Registered name of the Reasoning Gym task.")
-    config: dict[str, Any] = Field({}, description="The task's own settings, passed as they are.")
-    weight: float = Field(1.0, gt=0, le=1_000_000, description="Relative share of the prompts.")
-    size: int = Field(
-        2000, ge=1, le=10_000_000, description="Training prompts generated for the task."
-    )
-
-    @field_validator("config")
-    @classmethod
-    def _plain(cls, config: dict[str, Any]) -> dict[str, Any]:
-        try:
-            json.dumps(config, allow_nan=False)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"numbers, strings, lists and mappings only: {error}") from None
-        return config
-
-
-class Data(Section):
-    """Prompts."""
-
-    sources: list[Source] = Field(min_length=1, description="The mix of tasks, one entry each.")
-    worked_examples: int = Field(
-        0, ge=0, le=64, description="Solved problems of the same task shown as earlier chat turns."
-    )
-    system_prompt: str | None = Field(
-        None, description="System turn; null leaves it to the chat template."
-    )
-    max_prompt_tokens: Positive = Field(1024, description="Longer prompts are dropped, never cut.")
-
-
 class Validation(Section):
     """Mean score on held-out prompts, the same ones every time."""
 
@@ -264,45 +213,6 @@ class Validation(Section):
     temperature: float = Field(0.6, gt=0, le=2, description="ProRL v1's evaluation temperature.")
     top_p: float = Field(0.95, gt=0, le=1, description="ProRL v1's evaluation top-p.")
     at_start: bool = Field(True, description="Validate the untrained policy (step 0).")
-
-
-class ReferenceReset(Section):
-    """When the reference becomes the current policy (schedule/reference_reset.py)."""
-
-    interval: Positive | None = Field(300, description="Steps between resets; ProRL v2: 200-500.")
-    kl_factor: float | None = Field(
-        3.0, gt=1, description="A step's KL above this many times its recent median is a spike."
-    )
-    kl_window: Positive = Field(100, description="Steps the median is taken over.")
-    kl_floor: float = Field(1e-3, ge=0, description="KL per token below which nothing is a spike.")
-    kl_patience: Positive = Field(3, description="Spikes in a row that trigger a reset.")
-    stalled_evaluations: Positive | None = Field(
-        5, description="Validations in a row without a new best that trigger a reset."
-    )
-    cooldown: int = Field(50, ge=0, description="Steps in which only the interval may reset.")
-    optimizer: Literal["keep", "clear"] = Field("keep", description="v2 keeps; v1 cleared.")
-
-
-class Checkpoint(Section):
-    """Policy, optimizer, reference and every cursor, to go on from."""
-
-    interval: Positive = Field(50, description="Steps between checkpoints; the last step has one.")
-    keep_last: Positive = Field(2, description="Older checkpoints are deleted.")
-
-
-class Stage(Section):
-    """A stretch of steps; what it leaves out is taken from the rest of the recipe."""
-
-    name: str = Field("", description="For people; default: stage 1, stage 2, ...")
-    steps: Positive = Field(description="Rollout steps of the stage.")
-    max_response_tokens: Positive | None = Field(None, description="As in rollout.")
-    samples_per_prompt: int | None = Field(None, ge=2, le=1024, description="As in rollout.")
-    learning_rate: float | None = Field(
-        None, gt=0, le=1, description="Peak rate, as in policy.optimizer."
-    )
-    temperature: float | None = Field(None, gt=0, le=2, description="As in rollout.")
-    clip_low: float | None = Field(None, gt=0, lt=1, description="As in algorithm.")
-    clip_high: float | None = Field(None, gt=0, description="As in algorithm.")
 
 
 class Recipe(Section):
@@ -319,15 +229,20 @@ class Recipe(Section):
     runs_dir: str = Field(
         "runs", min_length=1, description="Where the run's folder is made; `~` is the home folder."
     )
-    model: str = Field(min_length=1, description="A folder, a hub name, or smollm2-135m-instruct.")
+    model: str = Field(
+        min_length=1, description="A folder, a hub name, smollm2-135m-instruct or tiny-arithmetic."
+    )
     policy: Policy = Policy()
     algorithm: Algorithm = Algorithm()
     shaping: Shaping = Shaping()
     rollout: Rollout = Rollout()
     data: Data
+    grading: Grading = Grading()
     validation: Validation = Validation()
     reference_reset: ReferenceReset = ReferenceReset()
     checkpoint: Checkpoint = Checkpoint()
+    faults: Faults = Faults()
+    tracking: Tracking = Tracking()
     stages: list[Stage] = Field(min_length=1, description="One after the other.")
 
     @field_validator("runs_dir")
@@ -384,8 +299,45 @@ class Recipe(Section):
                 "algorithm.kl.estimator: the gradient of k1 is zero on average, so it holds "
                 "nothing back; use k2 or k3, or set algorithm.kl.coefficient=0"
             )
-        tasks = [source.task for source in self.data.sources]
-        twice = sorted({task for task in tasks if tasks.count(task) > 1})
+        if rollout.surplus == "carry_over":
+            if algorithm.importance.method == "none":
+                yield (
+                    "rollout.surplus: carry_over trains on samples of an older policy, which only "
+                    "an importance weight corrects; set algorithm.importance.method=icepop or tis"
+                )
+            if rollout.deterministic:
+                yield (
+                    "rollout.surplus: what carry_over finds half-done depends on the clock, so "
+                    "rollout.deterministic needs rollout.surplus=requeue"
+                )
+        if rollout.deterministic and rollout.engines > 1:
+            yield (
+                "rollout.deterministic: several engines share prompts by their load, which differs "
+                "from run to run; set rollout.engines=1"
+            )
+        labels = [source.label for source in self.data.sources]
+        for number, stage in enumerate(self.stages):
+            unknown = sorted(set(stage.weights or ()) - set(labels))
+            if unknown:
+                yield (
+                    f"stages.{number}.weights: {', '.join(unknown)} is not in data.sources; "
+                    f"there are {', '.join(labels)}"
+                )
+            decays = policy.optimizer.schedule not in ("constant", "inverse_sqrt")
+            if stage.ends_when_stalled and decays:
+                yield (
+                    f"stages.{number}.ends_when_stalled: policy.optimizer.schedule="
+                    f"{policy.optimizer.schedule} decays to a last step that is not known then; "
+                    "use constant"
+                )
+        own = [stage.reference_reset for stage in self.stages if stage.reference_reset]
+        if not self.checkpoint.keep_best and any(
+            section.source == "best" for section in [self.reference_reset, *own]
+        ):
+            yield "reference_reset.source: best needs checkpoint.keep_best: true"
+        if any(stage.reset_at_start for stage in self.stages[:1]):
+            yield "stages.0.reset_at_start: there is nothing to reset before the first step"
+        twice = sorted({label for label in labels if labels.count(label) > 1})
         if twice:
             yield f"data.sources: {', '.join(twice)} is listed twice; give a task one entry"
         overlong = self.shaping.overlong

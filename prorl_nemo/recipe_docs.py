@@ -109,6 +109,7 @@ def _value(entry: Any) -> str:
         "boolean": "`true` or `false`",
         "string": "text",
         "object": "mapping",
+        "array": "list",
         "null": "null",
     }
     bounds = {

@@ -41,10 +41,12 @@ class Sample:
         token_ids: response tokens, the end-of-turn token included when there is one.
         engine_logprobs: log-probability of each token under the *sampling*
             distribution (temperature applied), as the engine reports it.
-        finish_reason: `stop`, or `length` when the response limit cut it.
+        finish_reason: `stop`, or `length` when the response limit cut it; `interrupted` only
+            while it waits to be continued (`rollout.surplus: carry_over`).
         text: the decoded response without special tokens.
         seed: the seed the engine sampled with.
-        weight_version: number of weight updates the engine had received.
+        weight_version: of the policy that made its first token: the step after which the
+            engine received it. Later tokens of a continued response may be of a later one.
         score: raw score in [0, 1] (None until graded).
         reason: one line on the verdict, for people.
     """

@@ -78,6 +78,31 @@ def mismatch_by_position(
     return {name: total / count for name, total, count in rows if count}
 
 
+def mismatch_growth(old_logprobs: Tensor, engine_logprobs: Tensor, positions: Tensor) -> float:
+    """Mean |d| over the last quarter of the response positions over that over the first quarter.
+
+    The quarters are of the batch's tokens in order of their position, so that it says the same
+    of short and of long responses; tokens of one position stay together. 1 where there are not
+    two quarters to compare. Differences below 1e-6 nats, the rounding of float32, count as that.
+
+    Args:
+        old_logprobs, engine_logprobs: [tokens].
+        positions: [tokens] integers, 0 for the first token of a response.
+
+    Raises:
+        ValueError: as `mismatch_metrics`.
+    """
+    size = _differences(old_logprobs, engine_logprobs).abs()
+    check_same_shape(old_logprobs=old_logprobs, positions=positions)
+    ordered = positions.sort().values
+    quarter = len(ordered) // 4
+    first, last = ordered[quarter], ordered[-quarter - 1]
+    if first >= last:
+        return 1.0
+    early, late = size[positions <= first].mean(), size[positions >= last].mean()
+    return (late.clamp(min=1e-6) / early.clamp(min=1e-6)).item()
+
+
 def _differences(old_logprobs: Tensor, engine_logprobs: Tensor) -> Tensor:
     check_logprobs(old_logprobs=old_logprobs, engine_logprobs=engine_logprobs)
     d = (old_logprobs.detach() - engine_logprobs.detach()).double()

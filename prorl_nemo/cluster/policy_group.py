@@ -6,27 +6,39 @@ pass through the controller.
 
 from __future__ import annotations
 
+import os
 import socket
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import ray
 from numpy.typing import NDArray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
+from torch.distributed import DistError
 
 from prorl_nemo.recipe import Recipe
 from prorl_nemo.training.batch import StepSettings, TrainingBatch
 
 
-@ray.remote
-class _Rank:
-    """One trainer process. Built empty, so that rank 0 can be asked for an address first."""
+class PolicyError(RuntimeError):
+    """A trainer rank is gone or answers no more: start all of them again from a checkpoint."""
+
+
+class _RankActor:
+    """One trainer process. Built empty, so that rank 0 can be asked for an address first.
+
+    All calls share one thread, but those that must not wait for a training step.
+    """
 
     def __init__(self, recipe: Recipe, folder: Path, rank: int) -> None:
         self.arguments = (recipe, folder, rank, recipe.policy.ranks)
         self.worker: Any = None
+        self.shared: list[Any] = []
 
     def address(self) -> str:
         with socket.socket() as probe:
@@ -42,14 +54,34 @@ class _Rank:
     def call(self, method: str, *arguments: Any) -> Any:
         return getattr(self.worker, method)(*arguments)
 
+    @ray.method(concurrency_group="aside")
+    def finish_save(self) -> None:
+        self.worker.finish_save()
+
+    @ray.method(concurrency_group="aside")
+    def process(self) -> tuple[str, int]:
+        """Host and process id. Answers while the rank computes, not when it is stopped or gone."""
+        return socket.gethostname(), os.getpid()
+
     def weights(self) -> Iterator[Any]:
         """Buckets of this rank's stage; nothing from ranks that only take part in the gather."""
+        from prorl_nemo.rollout.cuda_weights import share_buckets
         from prorl_nemo.rollout.weights import pack_buckets
 
-        buckets = pack_buckets(self.worker.export_weights())
-        for bucket in buckets:
-            if self.worker.publishes:
+        tensors = self.worker.export_weights()
+        if not self.worker.publishes:
+            deque(tensors, maxlen=0)
+        elif self.arguments[0].rollout.weight_transfer == "cuda_ipc":
+            self.shared.clear()  # The engines have long loaded the update before.
+            for bucket, buffer in share_buckets(tensors):
+                self.shared.append(buffer)
                 yield bucket
+        else:
+            yield from pack_buckets(tensors)
+
+
+# Ray's type stubs know no concurrency groups. Two threads: a save can take minutes.
+_RANK: Any = ray.remote(concurrency_groups={"aside": 2})(_RankActor)  # type: ignore[call-overload]
 
 
 class PolicyGroup:
@@ -61,6 +93,8 @@ class PolicyGroup:
 
     Raises:
         UserError: whatever a rank refuses, as it raised it.
+        PolicyError: a rank died, gave no sign of life for `faults.silent_seconds`, or waited
+            `faults.collective_seconds` for another one.
     """
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
@@ -68,17 +102,54 @@ class PolicyGroup:
         threads = recipe.policy.threads
         if threads:
             variables["OMP_NUM_THREADS"] = str(threads)
-        actor = _Rank.options(  # type: ignore[attr-defined]
-            num_cpus=0, runtime_env={"env_vars": variables}
-        )
+        actor = _RANK.options(num_cpus=0, runtime_env={"env_vars": variables})
+        self._silent_seconds = float(recipe.faults.silent_seconds)
+        self._processes: list[psutil.Process] = []
         self._ranks = [actor.remote(recipe, folder, rank) for rank in range(recipe.policy.ranks)]
-        address = _get(self._ranks[0].address.remote())
-        _get([rank.start.remote(address) for rank in self._ranks])
+        address = self._get([self._ranks[0].address.remote()])[0]
+        self._get([rank.start.remote(address) for rank in self._ranks])
+        self._processes = _local_processes(self._get([r.process.remote() for r in self._ranks]))
 
     def _call(self, method: str, *arguments: Any) -> list[Any]:
         shared = [ray.put(argument) for argument in arguments]
-        answers: list[Any] = _get([r.call.remote(method, *shared) for r in self._ranks])
+        return self._get([r.call.remote(method, *shared) for r in self._ranks])
+
+    def _get(self, references: list[Any]) -> list[Any]:
+        """All answers, with the rank's own exception instead of Ray's wrapper.
+
+        The first error ends the wait: the other ranks may be in a collective that never ends.
+        While none comes, every rank is asked for a sign of life.
+        """
+        waiting = list(references)
+        try:
+            while waiting:
+                done, waiting = ray.wait(waiting, timeout=self._silent_seconds)
+                ray.get(done)
+                if not done:
+                    self.check_alive()
+            answers: list[Any] = ray.get(references)
+        except RayTaskError as error:
+            if _lost_peer(error.cause):
+                raise PolicyError(f"a trainer rank lost another one: {error.cause}") from error
+            raise error.cause from None
+        except RayActorError as error:
+            raise _died(error) from error
         return answers
+
+    def check_alive(self) -> None:
+        """Ask every rank for a sign of life.
+
+        Raises:
+            PolicyError: one is gone or silent.
+        """
+        try:
+            ray.get([rank.process.remote() for rank in self._ranks], timeout=self._silent_seconds)
+        except ray.exceptions.GetTimeoutError:
+            raise PolicyError(
+                f"a trainer rank gave no sign of life for {self._silent_seconds:.0f} seconds"
+            ) from None
+        except RayActorError as error:
+            raise _died(error) from error
 
     def logprobs(
         self, batch: TrainingBatch, which: str = "policy"
@@ -107,7 +178,15 @@ class PolicyGroup:
         """References to the weight buckets of all stages, as they become ready."""
         streams = [rank.weights.options(num_returns="streaming").remote() for rank in self._ranks]
         for stream in streams:
-            yield from stream
+            while True:
+                ready, _ = ray.wait([stream], timeout=self._silent_seconds, fetch_local=False)
+                if not ready:
+                    self.check_alive()
+                    continue
+                try:
+                    yield next(stream)
+                except StopIteration:
+                    break
 
     def weight_checksums(self, dtype: str) -> dict[str, str]:
         """Checksum of every published weight, as an engine of type `dtype` would hold it."""
@@ -116,8 +195,29 @@ class PolicyGroup:
             found |= part
         return found
 
+    def begin_save(self, folder: Path) -> Callable[[], None]:
+        """Copy the state of every rank and start to write it into `folder`.
+
+        Returns:
+            what waits for the files, from any thread, and raises what went wrong.
+        """
+        self._call("begin_save", folder)
+        pending = [rank.finish_save.remote() for rank in self._ranks]
+
+        def finish() -> None:
+            try:
+                ray.get(pending)
+            except RayTaskError as error:
+                raise error.cause from None
+
+        return finish
+
     def save(self, folder: Path) -> None:
-        self._call("save", folder)
+        self.begin_save(folder)()
+
+    def load_reference(self, folder: Path) -> None:
+        """The reference becomes the policy of another checkpoint."""
+        self._call("load_reference", folder)
 
     def load(self, folder: Path) -> None:
         self._call("load", folder)
@@ -125,7 +225,11 @@ class PolicyGroup:
     def shutdown(self) -> None:
         for rank in self._ranks:
             ray.kill(rank)
-        self._ranks = []
+        for process in self._processes:
+            # Ray asks the process to leave, which a stopped one does not hear.
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._ranks, self._processes = [], []
 
 
 def merge_records(per_rank: list[list[dict[str, float]]]) -> list[dict[str, float]]:
@@ -141,9 +245,22 @@ def merge_records(per_rank: list[list[dict[str, float]]]) -> list[dict[str, floa
     return merged
 
 
-def _get(references: Any) -> Any:
-    """`ray.get`, with the rank's own exception instead of Ray's wrapper."""
-    try:
-        return ray.get(references)
-    except RayTaskError as error:
-        raise error.cause from None
+def _local_processes(ranks: list[tuple[str, int]]) -> list[psutil.Process]:
+    """Those of this machine; psutil kills no other process that has got the same id since."""
+    found = []
+    for host, number in ranks:
+        if host == socket.gethostname():
+            with suppress(psutil.NoSuchProcess):
+                found.append(psutil.Process(number))
+    return found
+
+
+def _died(error: RayActorError) -> PolicyError:
+    return PolicyError(f"a trainer rank died: {error}".partition("\n")[0])
+
+
+def _lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because of another rank: gloo raises a plain RuntimeError."""
+    signs = ("gloo", "Connection closed by peer", "Timed out waiting")
+    plain = isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    return plain or isinstance(error, DistError)

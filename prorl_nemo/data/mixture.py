@@ -1,13 +1,15 @@
 """The stream of training prompts: a weighted mixture with an exact, saved cursor.
 
-Which source comes next is not drawn at random: it is the one furthest behind
-its share, so after n draws every share is exact to within one prompt. Within a
-source, prompts come epoch by epoch, each different question once an epoch.
+Which source comes next is not drawn at random: it is the one furthest behind its
+share, so after n draws every share is exact to within one prompt, counted from the
+last change of the shares (stages may change them). Within a source, prompts come
+epoch by epoch, each different question once an epoch.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -19,9 +21,12 @@ from prorl_nemo.records import Prompt
 
 
 class PromptSource(Protocol):
-    """A task's training prompts, by slot; each slot always gives the same prompt.
+    """Training prompts, by slot; each slot always gives the same prompt.
 
-    Prompt ids end in `/<slot>`.
+    Prompt ids end in `/<slot>`; what stands before is the same for all, and of no other source.
+
+    Attributes:
+        task: what the source is called in weights and figures.
     """
 
     task: str
@@ -120,13 +125,17 @@ class PromptStream:
         if not sources or len(sources) != len(weights) or min(weights) <= 0:
             raise RecipeError("data.sources: give at least one source, each with a weight above 0")
         self._cursors = [_Cursor(source, seed) for source in sources]
-        self._shares = [weight / sum(weights) for weight in weights]
+        # The shares of the recipe, which a checkpoint belongs to, and those in force.
+        self._own_shares = [weight / sum(weights) for weight in weights]
+        self._shares = self._own_shares
         self._on_drop = on_drop
         self._drawn = [0] * len(sources)
+        # What had been drawn when the shares in force began: they speak of what comes after.
+        self._drawn_before = [0] * len(sources)
         self._dropped: dict[str, str] = {}
         # (source, slot, epoch) of prompts that were given back, with the prompt.
         self._queue: deque[tuple[tuple[int, int, int], Prompt]] = deque()
-        self._index = {source.task: index for index, source in enumerate(sources)}
+        self._index: dict[str, int] = {}  # Of a source, by the beginning of its prompts' ids.
 
     def draw(self) -> tuple[Prompt, int]:
         """The next prompt, and the epoch (of its source, from 0) it is drawn in.
@@ -142,7 +151,27 @@ class PromptStream:
             slot, prompt = cursor.next(lambda slot, reason: self._drop(index, slot, reason))
             self._drawn[index] += 1
             place = (index, slot, cursor.epoch)
+        self._index[prompt.prompt_id.rpartition("/")[0]] = place[0]
         return prompt, place[2]
+
+    def set_weights(self, weights: Sequence[float]) -> None:
+        """Change the mixture from the next draw on; cursors and epochs go on.
+
+        Args:
+            weights: one for each source, in their order; 0 leaves a source out. Those that are in
+                force already change nothing.
+
+        Raises:
+            RecipeError: another number of weights, a negative one, or none above 0.
+        """
+        if len(weights) != len(self._cursors) or min(weights) < 0 or sum(weights) <= 0:
+            raise RecipeError(
+                f"weights: {list(weights)} for {len(self._cursors)} entries of data.sources; give "
+                "each one that is not negative, and one that is above 0"
+            )
+        shares = [weight / sum(weights) for weight in weights]
+        if shares != self._shares:
+            self._shares, self._drawn_before = shares, list(self._drawn)
 
     def put_back(self, drawn: Sequence[tuple[Prompt, int]]) -> None:
         """Return prompts to the head of the queue; they come again first, in the order given.
@@ -153,10 +182,11 @@ class PromptStream:
         waiting = {place for place, _ in self._queue}
         returned = []
         for prompt, epoch in drawn:
-            index = self._index.get(prompt.task)
+            source, _, slot = prompt.prompt_id.rpartition("/")
+            index = self._index.get(source)
             if index is None:
-                raise ValueError(f"put_back: {prompt.prompt_id} is not of this stream")
-            place = (index, int(prompt.prompt_id.rpartition("/")[2]), epoch)
+                raise ValueError(f"put_back: {prompt.prompt_id} was not drawn from this stream")
+            place = (index, int(slot), epoch)
             if place in waiting:
                 raise ValueError(f"put_back: {prompt.prompt_id}, epoch {epoch}, is there already")
             waiting.add(place)
@@ -185,6 +215,8 @@ class PromptStream:
             "sources": self._fingerprints(),
             "cursors": [cursor.state_dict() for cursor in self._cursors],
             "drawn": list(self._drawn),
+            "drawn_before": list(self._drawn_before),
+            "shares": list(self._shares),
             "dropped": dict(self._dropped),
             "queue": [list(place) for place, _ in self._queue],
         }
@@ -208,6 +240,8 @@ class PromptStream:
         for cursor, cursor_state in zip(self._cursors, state["cursors"], strict=True):
             cursor.load_state_dict(cursor_state)
         self._drawn = list(state["drawn"])
+        self._drawn_before = list(state["drawn_before"])
+        self._shares = list(state["shares"])
         self._dropped = dict(state["dropped"])
         self._queue.clear()
         for index, slot, epoch in state["queue"]:
@@ -217,12 +251,17 @@ class PromptStream:
     def _fingerprints(self) -> list[str]:
         return [
             f"{cursor.source.fingerprint}, share {share:.6g}"
-            for cursor, share in zip(self._cursors, self._shares, strict=True)
+            for cursor, share in zip(self._cursors, self._own_shares, strict=True)
         ]
 
     def _furthest_behind(self) -> int:
-        coming = sum(self._drawn) + 1
-        behind = [s * coming - n for s, n in zip(self._shares, self._drawn, strict=True)]
+        drawn = [n - m for n, m in zip(self._drawn, self._drawn_before, strict=True)]
+        coming = sum(drawn) + 1
+        # A source of share 0 is never behind, but would tie with one that is ahead.
+        behind = [
+            share * coming - n if share else -math.inf
+            for share, n in zip(self._shares, drawn, strict=True)
+        ]
         return behind.index(max(behind))
 
     def _drop(self, index: int, slot: int, reason: str) -> None:

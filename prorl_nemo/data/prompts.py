@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from prorl_nemo.data.built_source import BuiltData, BuiltSource, tasks_of_entries
 from prorl_nemo.data.chat import ChatRenderer
 from prorl_nemo.data.mixture import PromptStream
 from prorl_nemo.data.reasoning_gym_source import ReasoningGymGenerator, ReasoningGymSource
 from prorl_nemo.recipe import Recipe
+from prorl_nemo.recipe_data import Source
 from prorl_nemo.records import Prompt
 
 if TYPE_CHECKING:
@@ -37,24 +40,11 @@ def load_prompts(
 
     Raises:
         RecipeError: an unknown task or setting, or a task without enough questions.
+        UserError: data that was not built, or has changed since.
     """
     data = recipe.data
-    renderer = ChatRenderer(tokenizer, data.max_prompt_tokens)
-    generator = generator or ReasoningGymGenerator()
-    sources = [
-        ReasoningGymSource(
-            source.task,
-            source.config,
-            size=source.size,
-            seed=recipe.seed,
-            renderer=renderer,
-            generator=generator,
-            worked_examples=data.worked_examples,
-            system_prompt=data.system_prompt,
-            key=f"data.sources.{index}",
-        )
-        for index, source in enumerate(data.sources)
-    ]
+    opened = _Opened(recipe, ChatRenderer(tokenizer, data.max_prompt_tokens), generator)
+    sources = [opened.source(index, source) for index, source in enumerate(data.sources)]
     return RunPrompts(
         stream=PromptStream(sources, [s.weight for s in data.sources], recipe.seed, on_drop),
         validation=[
@@ -63,3 +53,62 @@ def load_prompts(
             for prompt in source.held_out(recipe.validation.prompts_per_task)
         ],
     )
+
+
+class _Opened:
+    """What the entries of the mixture share: the renderer, the generator, the built folders."""
+
+    def __init__(
+        self, recipe: Recipe, renderer: ChatRenderer, generator: ReasoningGymGenerator | None
+    ) -> None:
+        self._recipe, self._renderer = recipe, renderer
+        self._generator = generator or ReasoningGymGenerator()
+        self._folders: dict[Path, BuiltData] = {}
+
+    def source(self, index: int, source: Source) -> ReasoningGymSource | BuiltSource:
+        key = f"data.sources.{index}"
+        return self._built(source, key) if source.kind == "built" else self._generated(source, key)
+
+    def _generated(self, source: Source, key: str) -> ReasoningGymSource:
+        data = self._recipe.data
+        assert source.task is not None
+        return ReasoningGymSource(
+            source.task,
+            source.config,
+            size=source.size,
+            seed=self._recipe.seed,
+            renderer=self._renderer,
+            generator=self._generator,
+            worked_examples=data.worked_examples,
+            system_prompt=data.system_prompt,
+            key=key,
+        )
+
+    def _built(self, source: Source, key: str) -> BuiltSource:
+        data = self._recipe.data
+        assert source.domain is not None
+        folder = self._folder(source)
+        if folder not in self._folders:
+            where = f"{key}.folder" if source.folder else "data.build.folder"
+            self._folders[folder] = BuiltData(folder, where)
+        named = {
+            other.task
+            for other in data.sources
+            if other.kind == "built" and other.task and self._folder(other) == folder
+        }
+        built = self._folders[folder]
+        tasks = tasks_of_entries(built, source.domain, named, source.task, key)
+        return BuiltSource(
+            built,
+            source.domain,
+            source.label,
+            tasks,
+            seed=self._recipe.seed,
+            renderer=self._renderer,
+            system_prompt=data.system_prompt,
+        )
+
+    def _folder(self, source: Source) -> Path:
+        build = self._recipe.data.build
+        given = source.folder or (build.folder if build else "")
+        return Path(given).expanduser().absolute()

@@ -50,9 +50,13 @@ class ReasoningGymGenerator:
     """The process that generates items (see `reasoning_gym_worker`); starts when first asked.
 
     It ends with this object, with `close`, or when this process dies.
+
+    Args:
+        seconds_per_item: how long one request may take before the process is killed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seconds_per_item: float = _SECONDS_PER_ITEM) -> None:
+        self._seconds = seconds_per_item
         self._process: subprocess.Popen[bytes] | None = None
         self._log: IO[bytes] | None = None
         self._buffer = b""
@@ -64,7 +68,7 @@ class ReasoningGymGenerator:
             GeneratorDied: the process ended, or took too long and was killed. The next request
                 starts a new one.
         """
-        seconds = _SECONDS_PER_ITEM
+        seconds = self._seconds
         if self._process is None:
             self._start()
             seconds += _SECONDS_TO_START
@@ -83,16 +87,19 @@ class ReasoningGymGenerator:
 
     def _start(self) -> None:
         log = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process.
+        # Some tasks (codeio) run code of the library's data, which writes files where it runs.
+        scratch = tempfile.TemporaryDirectory()
         process = subprocess.Popen(
             # -P: the script's folder must not shadow anyone's modules.
             [sys.executable, "-P", str(_WORKER)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
+            cwd=scratch.name,
             env={**os.environ, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"},
         )
         self._process, self._log = process, log
-        self._finalizer = weakref.finalize(self, _end, process, log)
+        self._finalizer = weakref.finalize(self, _end, process, log, scratch)
 
     def _exchange(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
         process = self._process
@@ -121,13 +128,16 @@ class ReasoningGymGenerator:
         return next((line.strip() for line in reversed(lines) if line.strip()), "")[:300]
 
 
-def _end(process: subprocess.Popen[bytes], log: IO[bytes]) -> None:
+def _end(
+    process: subprocess.Popen[bytes], log: IO[bytes], scratch: tempfile.TemporaryDirectory[str]
+) -> None:
     process.kill()
     for stream in (process.stdin, process.stdout, log):
         if stream is not None:
             with contextlib.suppress(OSError):  # A request may be left in the pipe.
                 stream.close()
     process.wait()
+    scratch.cleanup()
 
 
 class ReasoningGymSource:

@@ -94,6 +94,25 @@ def item(
     return {"dropped": f"generator failed: {failure}" if failure else f"no question for {split}"}
 
 
+def numbered(
+    task: str, config: dict[str, Any], seed: str, size: int, number: int
+) -> dict[str, Any]:
+    """The item of a number, whichever split it falls into.
+
+    Returns:
+        {"entry": question, answer and metadata, "split": as in `split_of`}, or {"dropped": reason}.
+    """
+    try:
+        entry = _generate(task, config, seed, size, number % size, number // size)
+        question = entry["question"]
+        if not isinstance(question, str) or not question.strip():
+            raise ValueError("the generator gave no question")
+        entry = json.loads(json.dumps(entry, default=_plain))
+    except Exception as error:  # One bad item must not end a build of thousands.
+        return {"dropped": f"generator failed: {_one_line(error)}"}
+    return {"entry": entry, "split": split_of(question)}
+
+
 def _generate(
     task: str, config: dict[str, Any], seed: str, size: int, slot: int, attempt: int
 ) -> dict[str, Any]:
@@ -145,7 +164,11 @@ def main() -> None:
     # Generators may print; the answers keep the real stdout to themselves.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    operations: dict[str, Callable[..., dict[str, Any]]] = {"check": check, "item": item}
+    operations: dict[str, Callable[..., dict[str, Any]]] = {
+        "check": check,
+        "item": item,
+        "numbered": numbered,
+    }
     for line in sys.stdin:
         request = json.loads(line)
         answer = operations[request.pop("op")](**request)

@@ -12,7 +12,8 @@ AdamW's `step` where it is not.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,22 +35,54 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint import save as torch_save
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+from prorl_nemo.megatron.adamw import MOMENTS
+from prorl_nemo.megatron.layout import ModelSpec
+from prorl_nemo.megatron.optimizer import get_step, parts_of, set_step
+from prorl_nemo.megatron.stored_weights import check_model
+
+# Some layouts add query groups at the end of these (layout.padded_groups), so a checkpoint may hold
+# more of them than the ranks that load it, or fewer. What it lacks is filled with zeros.
+_PADDED = ("linear_qkv.weight", "linear_qkv.bias", "linear_proj.weight")
 
 
-def save(folder: Path, chunks: list[Any], optimizer: Any, reference: list[Tensor]) -> None:
-    """Collective. `folder` must exist and be empty.
+def begin_save(
+    folder: Path,
+    spec: ModelSpec,
+    chunks: list[Any],
+    optimizer: Any,
+    reference: list[Tensor],
+    group: dist.ProcessGroup,
+) -> Future[None]:
+    """Collective. Copy everything to the host, and write it on a thread of its own.
+
+    `folder` must exist and be empty. Training may go on once this returns; the checkpoint is
+    there when the future is done on every rank, and its error is what went wrong.
 
     Args:
+        group: gloo, of all ranks, used for nothing else: the writing threads agree through it
+            while the ranks compute.
+        spec: what the model is; a load into another model is refused.
         chunks: the model chunks of this rank (one, or more with an interleaved pipeline).
         reference: a tensor for each of their parameters, in order.
     """
-    state = _state(chunks, optimizer, reference, filled=True)
-    dist_checkpointing.save(state, str(folder), _InProcessSave("torch_dist", 1))
+    state = _state(chunks, optimizer, reference, filled=True) | {"spec": asdict(spec)}
+    # The optimizer's part is a copy already.
+    state |= {part: _copied(state[part]) for part in ("model", "reference")}
+    strategy = _BackgroundSave(group)
+    dist_checkpointing.save(state, str(folder), strategy)
+    assert strategy.written is not None
+    return strategy.written
 
 
-def load(folder: Path, chunks: list[Any], optimizer: Any, reference: list[Tensor]) -> None:
-    """Collective. Fills the three in place."""
+def load(
+    folder: Path, spec: ModelSpec, chunks: list[Any], optimizer: Any, reference: list[Tensor]
+) -> None:
+    """Collective. Fills chunks, optimizer and reference in place.
+
+    Raises:
+        ModelError: the checkpoint is of another model.
+    """
+    check_model(folder, spec)
     state = _state(chunks, optimizer, reference, filled=False)
     loaded = dist_checkpointing.load(state, str(folder))
     for chunk, weights in zip(chunks, loaded["model"], strict=True):
@@ -64,9 +97,19 @@ def load(folder: Path, chunks: list[Any], optimizer: Any, reference: list[Tensor
                 whole = loaded["optimizer"][name_of[parameter]]
                 state = part.optimizer.state[main]
                 main.copy_(whole["main"].flatten()[start:end].view_as(main))
-                for moment in _MOMENTS:
+                for moment in MOMENTS:
                     state[moment].copy_(whole[moment].flatten()[start:end].view_as(main))
-            _set_step(part, loaded["adam_step"])
+            set_step(part, loaded["adam_step"])
+
+
+def _policy(chunks: list[Any]) -> list[dict[str, Any]]:
+    """Megatron's description of the model's weights, each chunk's by name."""
+    described: list[dict[str, Any]] = [chunk.sharded_state_dict() for chunk in chunks]
+    for part in described:
+        for name, description in part.items():
+            if name.endswith(_PADDED):
+                description.allow_shape_mismatch = True
+    return described
 
 
 def _named_parameters(chunks: list[Any]) -> dict[str, Any]:
@@ -78,61 +121,72 @@ def _named_parameters(chunks: list[Any]) -> dict[str, Any]:
     }
 
 
-class _InProcessSave(TorchDistSaveShardedStrategy):
-    """Megatron's `torch_dist` format, written (and fsynced) by torch's own writer.
+def load_reference(
+    folder: Path, spec: ModelSpec, chunks: list[Any], reference: list[Tensor]
+) -> None:
+    """Collective. Fill the reference with the *policy's* weights of a checkpoint.
+
+    Raises:
+        ModelError: the checkpoint is of another model.
+    """
+    check_model(folder, spec)
+    policy = _policy(chunks)
+    names = list(_named_parameters(chunks))
+    wanted = {
+        name: _with_data(policy[int(name.partition(".")[0])][name.partition(".")[2]], tensor)
+        for name, tensor in zip(names, reference, strict=True)
+    }
+    loaded = dist_checkpointing.load({"model": wanted}, str(folder))["model"]
+    with torch.no_grad():
+        for name, tensor in zip(names, reference, strict=True):
+            tensor.copy_(loaded[name])
+
+
+def _with_data(description: Any, tensor: Tensor) -> Any:
+    return replace(description, data=tensor.detach().clone())
+
+
+def _copied(state: Any) -> Any:
+    """Sharded tensors in host memory of their own, which training does not change."""
+    if isinstance(state, dict):
+        return {key: _copied(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [_copied(value) for value in state]
+    if isinstance(state, ShardedTensor | ShardedTensorFactory) and state.data is not None:
+        return replace(state, data=state.data.detach().to("cpu", copy=True))
+    return state
+
+
+class _BackgroundSave(TorchDistSaveShardedStrategy):
+    """Megatron's `torch_dist` format, written (and fsynced) by torch's own writer on a thread.
 
     Megatron's writer keeps a spawned process beside every rank, which imports torch anew and
     outlives a rank that is killed, and it forks the rank, whose gloo and autograd threads
     may hold locks at that moment.
     """
 
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__("torch_dist", 1)
+        self.group = group
+        self.written: Future[None] | None = None
+
     def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path) -> None:
         state, _, _ = _replace_state_dict_keys_with_sharded_keys(
             sharded_state_dict, self.keep_only_main_replica
         )
-        torch_save(
-            mcore_to_pyt_state_dict(state, False),
-            storage_writer=FileSystemWriter(checkpoint_dir, sync_files=True),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-        )
+        tensors = mcore_to_pyt_state_dict(state, False)
 
+        def write() -> None:
+            torch_save(
+                tensors,
+                storage_writer=FileSystemWriter(checkpoint_dir, sync_files=True),
+                planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+                process_group=self.group,
+            )
 
-def parts_of(optimizer: Any) -> list[Any]:
-    """The single optimizers inside Megatron's chained one."""
-    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
-
-
-def allocate_adam_state(optimizer: Any) -> None:
-    """Give torch's AdamW its moments at once, all zero.
-
-    torch allocates them in the first step, too late for loading a checkpoint. The fused
-    Adam of Transformer Engine and Apex allocates its own in the same call.
-    """
-    for part in parts_of(optimizer):
-        for group in part.optimizer.param_groups:
-            for parameter in group["params"]:
-                state = part.optimizer.state[parameter]
-                for moment in _MOMENTS:
-                    state[moment] = torch.zeros_like(parameter, dtype=torch.float32)
-        _set_step(part, 0)
-
-
-def _get_step(part: Any) -> int:
-    group = part.optimizer.param_groups[0]
-    if isinstance(part.optimizer, torch.optim.Optimizer) and "step" not in group:
-        return int(part.optimizer.state[group["params"][0]]["step"])
-    return int(group["step"])
-
-
-def _set_step(part: Any, step: int) -> None:
-    """Adam's count of updates: a tensor of its own for each parameter in torch, else one int."""
-    torch_adam = isinstance(part.optimizer, torch.optim.AdamW | torch.optim.Adam)
-    for group in part.optimizer.param_groups:
-        if not torch_adam:
-            group["step"] = step
-            continue
-        for parameter in group["params"]:
-            part.optimizer.state[parameter]["step"] = torch.tensor(float(step))
+        writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.written = writer.submit(write)
+        writer.shutdown(wait=False)
 
 
 def _shards(part: Any) -> Iterator[tuple[Any, Tensor, int, int]]:
@@ -150,7 +204,7 @@ def _state(
     chunks: list[Any], optimizer: Any, reference: list[Tensor], filled: bool
 ) -> dict[str, Any]:
     parameters = _named_parameters(chunks)
-    policy = [chunk.sharded_state_dict() for chunk in chunks]
+    policy = _policy(chunks)
     described = {
         f"{number}.{name}": part
         for number, chunk in enumerate(policy)
@@ -180,7 +234,7 @@ def _state(
             name: {what: like(name, f"optimizer.{what}", t) for what, t in tensors.items()}
             for name, tensors in moments.items()
         },
-        "adam_step": _get_step(parts_of(optimizer)[0]),
+        "adam_step": get_step(parts_of(optimizer)[0]),
     }
 
 
@@ -191,7 +245,7 @@ def _whole_optimizer_state(
     """Main weights and moments of every parameter, whole over data parallelism, on the host."""
     whole = {
         name: {
-            what: torch.zeros(parameter.shape, dtype=torch.float32) for what in ("main", *_MOMENTS)
+            what: torch.zeros(parameter.shape, dtype=torch.float32) for what in ("main", *MOMENTS)
         }
         for name, parameter in parameters.items()
     }

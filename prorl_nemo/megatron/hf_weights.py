@@ -112,7 +112,7 @@ def _qkv(prefix: str, kind: str, shape: Shape) -> Rule:
     def export(shards: list[Tensor]) -> list[Tensor]:
         whole = torch.cat(shards)
         rest = whole.shape[1:]
-        whole = whole.view(shape.padded_groups, (per_group + 2) * shape.head_dim, *rest)
+        whole = whole.view(-1, (per_group + 2) * shape.head_dim, *rest)
         whole = whole[: shape.groups]
         sizes = [per_group * shape.head_dim, shape.head_dim, shape.head_dim]
         return [part.reshape(-1, *rest) for part in whole.split(sizes, dim=1)]
@@ -231,16 +231,18 @@ def export_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, whole tensor) of one model chunk, gathered over tensor parallelism.
 
-    Every rank of `group` must run the iterator to its end: each item is a collective.
-    The tensors are copies: later training does not change them.
+    Every rank of `group` must run the iterator to its end: each parameter is a collective. Only
+    the first of them gets the tensors. They may share memory with the model: copy what is to be
+    kept.
     """
     ranks = dist.get_world_size(group)
+    first = dist.get_rank(group) == 0
     for name, parameter in model.named_parameters():
         rule = rule_for(name, layer_offset, shape)
         shard = parameter.detach().contiguous()
         shards = [shard]
         if ranks > 1:
-            shards = [torch.empty_like(shard) for _ in range(ranks)]
-            dist.all_gather(shards, shard, group=group)
-        for hf_name, tensor in zip(rule.names, rule.export(shards), strict=True):
-            yield hf_name, tensor.clone().contiguous()
+            shards = [torch.empty_like(shard) for _ in range(ranks)] if first else []
+            dist.gather(shard, shards or None, group=group, group_dst=0)
+        if first:
+            yield from zip(rule.names, rule.export(shards), strict=True)

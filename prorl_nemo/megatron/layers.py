@@ -25,6 +25,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from prorl_nemo.megatron.flex_row import row_attention
 from prorl_nemo.megatron.logprobs import product
 from prorl_nemo.megatron.packing import PackedRow, Tree
 
@@ -124,9 +125,11 @@ class PackedAttention(nn.Module):
         softmax_scale: float | None = None,
         *,
         inverse_frequencies: Tensor,
+        flex: bool = False,
         **_: Any,
     ) -> None:
         super().__init__()
+        self.flex = flex
         # No buffer: a cast of the model to bf16 must leave the frequencies in fp32.
         self.inverse_frequencies = inverse_frequencies
         if attention_type != "self" or (attention_dropout or config.attention_dropout):
@@ -153,13 +156,21 @@ class PackedAttention(nn.Module):
             key, value = _gather_row(torch.cat((key, value), dim=-1)).chunk(2, dim=-1)
         # [tokens, 1, heads, dim] -> [1, heads, tokens, dim]
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        if self.flex:
+            out = row_attention(q, k, v, self.scale, packed_seq_params)
+        else:
+            out = self._tree_by_tree(q, k, v, packed_seq_params)
+        return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+    def _tree_by_tree(self, q: Tensor, k: Tensor, v: Tensor, row: PackedRow) -> Tensor:
+        """[1, heads, held tokens, dim] of the rank's queries."""
         if k.shape[1] != q.shape[1]:
             repeats = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
         parts = []
         held = 0
-        for start, stop in packed_seq_params.pieces:
-            for tree in packed_seq_params.trees:
+        for start, stop in row.pieces:
+            for tree in row.trees:
                 first, last = max(start, tree.start), min(stop, tree.start + tree.length)
                 if first >= last:
                     continue
@@ -170,8 +181,7 @@ class PackedAttention(nn.Module):
                     seen = slice(tree.start, last)
                     parts.append(self._causal(mine, k[:, :, seen], v[:, :, seen]))
             held += stop - start
-        out = torch.cat(parts, dim=2)
-        return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+        return torch.cat(parts, dim=2)
 
     def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The queries are those of the last keys."""

@@ -275,6 +275,11 @@ def check_layout(policy: Policy, spec: ModelSpec) -> None:
             "policy.context_parallel: cannot cut a row with shared prompts; set "
             "policy.shared_prompts=false, or policy.context_parallel=1"
         )
+    if policy.context_parallel > 1 and policy.attention == "flex":
+        problems.append(
+            "policy.attention: flex computes whole rows, which context parallelism cuts; set it to "
+            "sdpa, or policy.context_parallel=1"
+        )
     if problems:
         raise RecipeError("\n  ".join(problems))
 

@@ -26,6 +26,7 @@ from prorl_nemo.megatron.layers import (
 from prorl_nemo.megatron.layout import ModelSpec, padded_groups, padded_vocab
 from prorl_nemo.megatron.logprobs import response_logprobs
 from prorl_nemo.megatron.packing import PackedRow
+from prorl_nemo.megatron.precision import megatron_settings
 from prorl_nemo.megatron.rope import attention_scale, inverse_frequencies
 from prorl_nemo.recipe import Policy
 
@@ -140,6 +141,7 @@ def transformer_config(spec: ModelSpec, policy: Policy) -> TransformerConfig:
         output_layer_init_method=_leave,
         embedding_init_method=_leave,
         use_cpu_initialization=not torch.cuda.is_available(),
+        **megatron_settings(policy),
         **recompute,
     )
 
@@ -148,8 +150,13 @@ def _leave(weight: Tensor) -> Tensor:
     return weight
 
 
-def layer_spec(spec: ModelSpec) -> ModuleSpec:
-    """Megatron's local layer with our norm and our packed attention."""
+def layer_spec(spec: ModelSpec, policy: Policy) -> ModuleSpec:
+    """Megatron's local layer with our norm and our packed attention.
+
+    With FP8 its products are Transformer Engine's, which alone have FP8; in bf16 they would
+    call the same kernels as torch. Norms stay apart from them: Transformer Engine's fused ones
+    refuse the fp32 residual stream.
+    """
     layer = get_gpt_layer_local_spec(qk_layernorm=spec.qk_norm, normalization="RMSNorm")
     submodules = layer.submodules
     submodules.input_layernorm = RMSNorm
@@ -160,7 +167,8 @@ def layer_spec(spec: ModelSpec) -> ModuleSpec:
         params={
             "inverse_frequencies": inverse_frequencies(
                 spec.rope_theta, spec.head_dim, spec.rope_scaling
-            )
+            ),
+            "flex": policy.attention == "flex",
         },
     )
     attention.linear_proj = WideRowParallelLinear
@@ -169,6 +177,15 @@ def layer_spec(spec: ModelSpec) -> ModuleSpec:
     if spec.qk_norm:
         attention.q_layernorm = RMSNorm
         attention.k_layernorm = RMSNorm
+    if policy.fp8:
+        from megatron.core.extensions.transformer_engine import (
+            TEColumnParallelLinear,
+            TERowParallelLinear,
+        )
+
+        mlp = submodules.mlp.submodules
+        attention.linear_qkv = mlp.linear_fc1 = TEColumnParallelLinear
+        attention.linear_proj = mlp.linear_fc2 = TERowParallelLinear
     return layer
 
 
@@ -190,7 +207,7 @@ def _build_chunk(
     place: dict[str, Any] = {"ignore_virtual": False, "vp_stage": stage}
     model = PolicyModel(
         config,
-        _block_spec(spec, config, stage),
+        _block_spec(spec, policy, config, stage),
         vocab_size=padded_vocab(spec, policy.tensor_parallel),
         max_sequence_length=spec.max_positions,
         pre_process=parallel_state.is_pipeline_first_stage(**place),
@@ -210,14 +227,15 @@ def _build_chunk(
     return model
 
 
-def _block_spec(spec: ModelSpec, config: TransformerConfig, stage: int) -> Any:
+def _block_spec(spec: ModelSpec, policy: Policy, config: TransformerConfig, stage: int) -> Any:
     from megatron.core.transformer.transformer_block import (
         TransformerBlockSubmodules,
         get_num_layers_to_build,
     )
 
     layers = get_num_layers_to_build(config, vp_stage=stage)
-    return TransformerBlockSubmodules(layer_specs=[layer_spec(spec)] * layers, layer_norm=FinalNorm)
+    layer = layer_spec(spec, policy)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=FinalNorm)
 
 
 def weight_shape(spec: ModelSpec, policy: Policy) -> hf_weights.Shape:

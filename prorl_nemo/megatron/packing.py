@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,6 +61,7 @@ class PackedRow(PackedSeqParams):
         target_index: [held targets], the number of each among the targets of the whole row.
         sample_ids, sample_lengths: the sample of each run of the row's targets, and its length.
         temperature: divides the logits, as it did when the responses were sampled.
+        block_mask: FlexAttention's, made by the first layer that needs it (flex_row.py).
     """
 
     input_ids: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -73,6 +75,7 @@ class PackedRow(PackedSeqParams):
     sample_ids: tuple[int, ...] = ()
     sample_lengths: tuple[int, ...] = ()
     temperature: float = 1.0
+    block_mask: Any = None
 
     def to(self, device: torch.device) -> PackedRow:
         """The row with its tensors on `device`."""

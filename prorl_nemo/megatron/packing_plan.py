@@ -124,55 +124,77 @@ def balance(costs: Sequence[float], ranks: int) -> list[list[int]]:
     Longest first to the least loaded rank (Graham 1969), then exchanges that take from the most
     loaded. Returns the item indices of each rank, in increasing order.
     """
-    shares: list[list[int]] = [[] for _ in range(ranks)]
+    values = np.asarray(costs, dtype=np.float64)
+    order = np.argsort(-values, kind="stable")
+    dealt: list[list[int]] = [[] for _ in range(ranks)]
     heap = [(0.0, rank) for rank in range(ranks)]
-    for index in sorted(range(len(costs)), key=costs.__getitem__, reverse=True):
+    for place, cost in enumerate(values[order].tolist()):
         load, rank = heap[0]
-        shares[rank].append(index)
-        heapq.heapreplace(heap, (load + costs[index], rank))
-    if len(costs) > ranks > 1:
-        _exchange(np.asarray(costs, dtype=np.float64), shares)
-    return [sorted(share) for share in shares]
+        dealt[rank].append(place)
+        heapq.heapreplace(heap, (load + cost, rank))
+    shares = [order[places] for places in dealt]
+    if len(values) > ranks > 1:
+        loads = np.zeros(ranks)
+        for load, rank in heap:
+            loads[rank] = load
+        _exchange(values, shares, loads)
+    return [np.sort(share).tolist() for share in shares]
 
 
-def _exchange(costs: NDArray[np.float64], shares: list[list[int]]) -> None:
-    """Swap an item of the most loaded rank for a lighter one elsewhere while that helps."""
-    loads = np.array([costs[share].sum() for share in shares])
+def _exchange(
+    costs: NDArray[np.float64], shares: list[NDArray[np.int64]], loads: NDArray[np.float64]
+) -> None:
+    """Swap an item of the most loaded rank for a lighter one elsewhere while that helps.
+
+    Args:
+        shares: the items of each rank, from the most to the least costly; kept so.
+        loads: the sum of each rank's costs; kept so.
+    """
     # A millionth of a step is nothing; four swaps a rank are more than it takes to get there.
+    enough = 1e-6 * loads.mean()
     for _ in range(4 * len(shares)):
         heaviest = int(loads.argmax())
+        heavy = costs[shares[heaviest]]
         for other in np.argsort(loads, kind="stable").tolist():
             gap = loads[heaviest] - loads[other]
-            if gap <= 1e-6 * loads.mean():
+            if gap <= enough:
                 return
-            swap = _best_swap(costs[shares[heaviest]], costs[shares[other]], gap)
+            light = costs[shares[other]]
+            swap = _best_swap(heavy, light, gap)
             if swap:
                 break
         else:
             return
         mine, theirs = swap
+        moved = heavy[mine] - light[theirs]
         a, b = shares[heaviest][mine], shares[other][theirs]
         shares[heaviest][mine], shares[other][theirs] = b, a
-        loads[heaviest] -= costs[a] - costs[b]
-        loads[other] += costs[a] - costs[b]
+        for rank in (heaviest, other):
+            share = shares[rank]
+            shares[rank] = share[np.argsort(-costs[share], kind="stable")]
+        loads[heaviest] -= moved
+        loads[other] += moved
 
 
 def _best_swap(
     heavy: NDArray[np.float64], light: NDArray[np.float64], gap: float
 ) -> tuple[int, int] | None:
-    """Positions of the two items whose costs differ by as near half the gap as can be."""
+    """Positions of the two items whose costs differ by as near half the gap as can be.
+
+    Both lists of costs are in descending order.
+    """
     if not len(light):
         return None
-    order = np.argsort(light, kind="stable")
     ideal = heavy - gap / 2
-    after = np.searchsorted(light[order], ideal)
-    near = np.clip(np.stack((after - 1, after)), 0, len(light) - 1)
-    off = np.abs(light[order][near] - ideal)
-    side, mine = np.unravel_index(int(off.argmin()), off.shape)
+    after = len(light) - light[::-1].searchsorted(ideal)
+    near = np.stack((np.maximum(after - 1, 0), np.minimum(after, len(light) - 1)))
+    off = np.abs(light[near] - ideal)
+    best = int(off.argmin())
+    side, mine = divmod(best, len(heavy))
     # Off by half the gap or more, the swap moves nothing or only turns the two ranks round.
     if off[side, mine] >= 0.499 * gap:
         return None
-    return int(mine), int(order[near[side, mine]])
+    return mine, int(near[side, mine])
 
 
 def items_of_group(

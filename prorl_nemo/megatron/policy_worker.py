@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -20,33 +19,39 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prorl_nemo.algorithms.kl import kl_estimate
-from prorl_nemo.algorithms.policy_loss import clipped_policy_loss, importance_weights
 from prorl_nemo.megatron.cpu import enable_cpu
 from prorl_nemo.megatron.layout import check_layout, cost_model, read_model_spec
 from prorl_nemo.megatron.packing_plan import plan_rows
+from prorl_nemo.megatron.precision import (
+    check_attention,
+    check_fp8,
+    row_multiple,
+    transformer_engine_installed,
+)
 from prorl_nemo.recipe import Recipe
 from prorl_nemo.rollout.weights import tensor_checksum
 from prorl_nemo.training.batch import StepSettings, TrainingBatch
 
 enable_cpu()
 
-from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
 from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallel,
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 
-from prorl_nemo.megatron import checkpoint, hf_weights  # noqa: E402
+from prorl_nemo.megatron import checkpoint, hf_weights, random_state  # noqa: E402
 from prorl_nemo.megatron.model import (  # noqa: E402
     build_model,
     layer_offset,
     weight_shape,
 )
+from prorl_nemo.megatron.optimizer import allocate_adam_state, build_optimizer  # noqa: E402
 from prorl_nemo.megatron.packing import PackedRow, build_row, context_share  # noqa: E402
+from prorl_nemo.megatron.ranks import start_ranks  # noqa: E402
+from prorl_nemo.megatron.row_loss import row_loss  # noqa: E402
 
 
 class PolicyWorker:
@@ -65,28 +70,19 @@ class PolicyWorker:
         self.recipe, self.policy = recipe, recipe.policy
         self.spec = read_model_spec(folder)
         check_layout(self.policy, self.spec)
-        on_gpu = torch.cuda.is_available()
-        if on_gpu:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        else:
-            cores = len(os.sched_getaffinity(0))
-            torch.set_num_threads(self.policy.threads or max(1, cores // world_size))
-        dist.init_process_group(
-            "nccl" if on_gpu else "gloo",
-            init_method=init_method,
-            rank=rank,
-            world_size=world_size,
+        self.device = start_ranks(
+            self.policy,
+            rank,
+            world_size,
+            init_method,
+            recipe.seed,
+            recipe.faults.collective_seconds,
         )
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=self.policy.tensor_parallel,
-            pipeline_model_parallel_size=self.policy.pipeline_parallel,
-            virtual_pipeline_model_parallel_size=(
-                self.policy.virtual_pipeline if self.policy.virtual_pipeline > 1 else None
-            ),
-            context_parallel_size=self.policy.context_parallel,
-        )
-        tensor_parallel.model_parallel_cuda_manual_seed(recipe.seed)
-        self.device = torch.device("cuda" if on_gpu else "cpu")
+        capability = torch.cuda.get_device_capability() if self.device.type == "cuda" else None
+        check_attention(self.policy, capability)
+        check_fp8(self.policy, self.spec, transformer_engine_installed(), capability)
+        # Of the checkpoint writer alone, which works while the ranks talk about gradients.
+        self._save_group = dist.new_group(backend="gloo")
         self._build(folder)
 
     def _build(self, folder: Path) -> None:
@@ -96,26 +92,10 @@ class PolicyWorker:
             grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False
         )
         self.ddp = [DistributedDataParallel(self.config, ddp, chunk) for chunk in self.chunks]
-        settings = self.policy.optimizer
-        self.optimizer = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=settings.learning_rate,
-                weight_decay=settings.weight_decay,
-                adam_beta1=settings.betas[0],
-                adam_beta2=settings.betas[1],
-                adam_eps=settings.eps,
-                clip_grad=settings.clip_grad,
-                bf16=self.policy.precision == "bf16",
-                params_dtype=self.config.params_dtype,
-                use_distributed_optimizer=True,
-            ),
-            self.ddp,
-        )
-        checkpoint.allocate_adam_state(self.optimizer)
+        self.optimizer = build_optimizer(self.policy, self.ddp, self.config.params_dtype)
         self.config.grad_scale_func = self.optimizer.scale_loss
         self.config.finalize_model_grads_func = finalize_model_grads
-        self.reference = [p.detach().clone() for p in self._parameters()]
+        self.reference = [_on_host(p) for p in self._parameters()]
 
     def _parameters(self) -> list[Tensor]:
         """The model's parameters on this rank, chunk after chunk."""
@@ -167,10 +147,7 @@ class PolicyWorker:
             # The interleaved schedule needs a row for each pipeline rank.
             policy.pipeline_parallel if policy.virtual_pipeline > 1 else 1,
         )
-        multiple = policy.tensor_parallel if policy.sequence_parallel else 1
-        ranks = policy.context_parallel
-        if ranks > 1:
-            multiple *= 2 * ranks
+        multiple, ranks = row_multiple(policy), policy.context_parallel
         rank = parallel_state.get_context_parallel_rank()
         return [
             context_share(
@@ -246,7 +223,8 @@ class PolicyWorker:
         """Gradients of one minibatch into the optimizer; figures and the global norm."""
         self._zero_grad()
         rows = self._rows(batch, groups)
-        outputs = self._run(rows, partial(self._loss, batch, settings), forward_only=False)
+        loss = partial(row_loss, self.recipe.algorithm, batch, settings)
+        outputs = self._run(rows, loss, forward_only=False)
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
         sums: dict[str, float] = {}
@@ -256,81 +234,26 @@ class PolicyWorker:
                     sums[name] = sums.get(name, 0.0) + float(value)
         return sums, norm
 
-    def _loss(
-        self, batch: TrainingBatch, settings: StepSettings, row: PackedRow, output: Tensor
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Sum, over the response tokens held here, of clipped loss x importance weight + beta x KL.
-
-        Megatron divides the gradients by the token count summed over micro-batches, context-
-        and data-parallel ranks: the exact mean over the minibatch's tokens, however it is split.
-        """
-        logprobs, entropy = output[0], output[1].detach()
-        if not row.sample_ids:
-            return output.sum(), torch.tensor(0, dtype=torch.int, device=self.device), {}
-        old, reference, engine = (
-            _flat(figures, row, self.device)
-            for figures in (batch.old_logprobs, batch.reference_logprobs, batch.engine_logprobs)
-        )
-        lengths = torch.tensor(row.sample_lengths, device=self.device)
-        sequence = torch.repeat_interleave(torch.arange(len(lengths), device=self.device), lengths)
-        advantages = torch.tensor(
-            [batch.advantages[s] for s in row.sample_ids], device=self.device, dtype=torch.float32
-        )[sequence]
-        algorithm = self.recipe.algorithm
-        # From whole responses, whoever holds their tokens: a geometric mean needs all of one.
-        importance = importance_weights(
-            old,
-            engine,
-            sequence,
-            algorithm.importance.method,
-            algorithm.importance.low,
-            algorithm.importance.high,
-        ).weights
-        held = row.target_index
-        old, reference, advantages, importance = (
-            x[held] for x in (old, reference, advantages, importance)
-        )
-        policy = clipped_policy_loss(
-            logprobs,
-            old,
-            advantages,
-            settings.clip_low,
-            settings.clip_high,
-            algorithm.dual_clip,
-        )
-        kl = kl_estimate(
-            logprobs,
-            reference,
-            algorithm.kl.estimator,
-            algorithm.kl.input_clamp,
-            algorithm.kl.output_clamp,
-        )
-        weighted = policy.per_token * importance
-        loss = (weighted + algorithm.kl.coefficient * kl).sum()
-        figures = {
-            "tokens": torch.tensor(float(logprobs.numel())),
-            # The schedule divides the loss in place: figures are copies.
-            "loss_sum": loss.detach().clone(),
-            "kl_sum": kl.detach().sum(),
-            "entropy_sum": entropy.sum(),
-            "clipped_low_sum": policy.clipped_low.sum(),
-            "clipped_high_sum": policy.clipped_high.sum(),
-            "ratio_sum": policy.ratio.detach().sum(),
-        }
-        return loss, torch.tensor(logprobs.numel(), dtype=torch.int, device=self.device), figures
-
     # ---- reference ------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _reference_weights(self) -> Iterator[None]:
-        """The reference's weights in the model's place, and the policy's back afterwards."""
-        parameters = self._parameters()
-        policy = [p.detach().clone() for p in parameters]
+        """The reference's weights in the model's place, and the policy's back afterwards.
+
+        The two change places tensor by tensor, so neither device nor host holds a third model.
+        """
+        self._swap_reference()
         try:
-            _copy(self.reference, parameters)
             yield
         finally:
-            _copy(policy, parameters)
+            self._swap_reference()
+
+    @torch.no_grad()
+    def _swap_reference(self) -> None:
+        for here, kept in zip(self._parameters(), self.reference, strict=True):
+            policy = here.detach().to("cpu", copy=True)
+            here.copy_(kept)
+            kept.copy_(policy)
 
     def reset_reference(self) -> None:
         """The reference becomes the current policy. The optimizer is not touched."""
@@ -338,7 +261,7 @@ class PolicyWorker:
 
     def clear_optimizer(self) -> None:
         """Forget Adam's moments and step count (the rule of ProRL v1)."""
-        checkpoint.allocate_adam_state(self.optimizer)
+        allocate_adam_state(self.optimizer)
 
     # ---- weights and checkpoints ----------------------------------------------------------
 
@@ -366,13 +289,30 @@ class PolicyWorker:
             and parallel_state.get_tensor_model_parallel_rank() == 0
         )
 
+    def begin_save(self, folder: Path) -> None:
+        """Copy policy, optimizer and reference, and start to write them into `folder`."""
+        self._writing = checkpoint.begin_save(
+            folder, self.spec, self.chunks, self.optimizer, self.reference, self._save_group
+        )
+        random_state.save(folder, dist.get_rank())
+
+    def finish_save(self) -> None:
+        """Wait for what `begin_save` started. Not collective, and from any thread."""
+        self._writing.result()
+
     def save(self, folder: Path) -> None:
         """Write policy, optimizer and reference as a sharded checkpoint into `folder`."""
-        checkpoint.save(folder, self.chunks, self.optimizer, self.reference)
+        self.begin_save(folder)
+        self.finish_save()
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote, in this or another layout."""
-        checkpoint.load(folder, self.chunks, self.optimizer, self.reference)
+        checkpoint.load(folder, self.spec, self.chunks, self.optimizer, self.reference)
+        random_state.load(folder, dist.get_rank(), dist.get_world_size())
+
+    def load_reference(self, folder: Path) -> None:
+        """The reference becomes the policy of another checkpoint."""
+        checkpoint.load_reference(folder, self.spec, self.chunks, self.reference)
 
 
 def interleaved_group(rows: int, stages: int) -> int:
@@ -395,9 +335,10 @@ def _whole_row(row: PackedRow, held: Tensor) -> Tensor:
     return whole
 
 
-def _flat(figures: list[NDArray[np.float32]], row: PackedRow, device: torch.device) -> Tensor:
-    """Per-token figures of the row's samples, end to end."""
-    return torch.from_numpy(np.concatenate([figures[s] for s in row.sample_ids])).to(device)
+def _on_host(tensor: Tensor) -> Tensor:
+    """A copy in host memory, pinned where that makes its way to the device faster."""
+    copied = tensor.detach().to("cpu", copy=True)
+    return copied.pin_memory() if tensor.is_cuda else copied
 
 
 def _copy(source: Any, target: Any) -> None:

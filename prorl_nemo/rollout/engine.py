@@ -5,18 +5,17 @@ is to be shared: requests and commands reach it through a queue, and between two
 steps the engine for as long as there is work. Use it directly in a process apart from the
 trainer's, or through `fleet.Fleet`, which puts several of them into Ray actors.
 
-What vLLM needs on CPU, and why, is in `_engine_arguments`.
+What vLLM needs on CPU, and why, is in `engine_settings.engine_arguments`.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import queue
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +24,11 @@ from typing import Any, TypeVar
 import torch
 
 from prorl_nemo.errors import UserError
-from prorl_nemo.recipe import Recipe
+from prorl_nemo.rollout.complete_weights import EngineError, checkpoint_shapes, complete_weights
+from prorl_nemo.rollout.engine_settings import EngineSettings, engine_arguments
 from prorl_nemo.rollout.protocol import GenerationRequest, GenerationResult
-from prorl_nemo.rollout.weights import WeightBucket, weight_checksums
+from prorl_nemo.rollout.seeds import continuation_seed
+from prorl_nemo.rollout.weights import Bucket, weight_checksums
 
 T = TypeVar("T")
 
@@ -35,76 +36,8 @@ BUCKET_TIMEOUT_SECONDS = 300.0
 """Silence of the sender after which a weight update has failed."""
 
 
-class EngineError(RuntimeError):
-    """The engine cannot go on: replace it."""
-
-
 class EngineBusyError(RuntimeError):
     """Weights cannot change under running requests: abort them or wait."""
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """How to run one engine.
-
-    Attributes:
-        model: folder of a Hugging Face model.
-        dtype: `bfloat16` or `float32`.
-        max_model_len: prompt and response together, tokens.
-        max_sequences: requests computed at once; more wait their turn.
-        kv_cache_bytes: size of the KV cache; None on a GPU: what `gpu_memory_share` leaves.
-        gpu_memory_share: share of the GPU's memory for weights and cache.
-        fp32_head: multiply by the output head in fp32, as the trainer does.
-        threads: CPU threads; None: all cores.
-        sleep: allow `VllmEngine.sleep` (GPU).
-    """
-
-    model: str
-    dtype: str
-    max_model_len: int
-    max_sequences: int = 256
-    kv_cache_bytes: int | None = None
-    gpu_memory_share: float = 0.5
-    fp32_head: bool = True
-    threads: int | None = None
-    sleep: bool = False
-
-    @classmethod
-    def from_recipe(cls, recipe: Recipe, model: Path) -> EngineSettings:
-        """Settings that serve every stage of a recipe."""
-        rollout = recipe.rollout
-        limits = [s.max_response_tokens or rollout.max_response_tokens for s in recipe.stages]
-        cores = os.cpu_count() or 1
-        cache = rollout.kv_cache_mib or (None if torch.cuda.is_available() else 512)
-        return cls(
-            model=str(model),
-            dtype={"bf16": "bfloat16", "fp32": "float32"}[
-                rollout.precision or recipe.policy.precision
-            ],
-            max_model_len=recipe.data.max_prompt_tokens + max(limits),
-            kv_cache_bytes=cache and cache << 20,
-            gpu_memory_share=rollout.gpu_memory_share,
-            fp32_head=rollout.fp32_head,
-            threads=rollout.engine_threads or max(1, cores // rollout.engines),
-            sleep=torch.cuda.is_available(),
-        )
-
-    def environment(self) -> dict[str, str]:
-        """Environment variables that must be set before torch and vLLM are imported."""
-        variables = {
-            # The engine in this process: weights are handed over as tensors, not files.
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            # Each weight update warns of layers without weights (rotary tables); errors remain.
-            "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
-            "VLLM_NO_USAGE_STATS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            # Idle OpenMP threads sleep: trainer and graders use the same cores in turn.
-            "OMP_WAIT_POLICY": "PASSIVE",
-        }
-        if self.threads:
-            variables["OMP_NUM_THREADS"] = str(self.threads)
-        return variables
 
 
 @dataclass(frozen=True)
@@ -135,10 +68,11 @@ class VllmEngine:
         self._news = threading.Condition()
         self._failure: BaseException | None = None
         self._internal_ids: dict[str, str] = {}
+        self._prefixes: dict[str, list[int]] = {}
         self._weight_version = 0
         self._steps = 0
         self._asleep = False
-        self._buckets: queue.Queue[WeightBucket | None] | None = None
+        self._buckets: queue.Queue[Bucket | None] | None = None
         self._update: Future[None] | None = None
         self._shapes = checkpoint_shapes(Path(settings.model))
         ready: Future[None] = Future()
@@ -171,7 +105,15 @@ class VllmEngine:
         Returns:
             the response tokens generated for them and now thrown away.
         """
-        return self._call(lambda: self._abort(request_ids))
+        return sum(len(result.token_ids) for result in self.interrupt(request_ids))
+
+    def interrupt(self, request_ids: Sequence[str]) -> list[GenerationResult]:
+        """Drop requests; unknown ones are ignored.
+
+        Returns:
+            what has been generated for them, whole responses if they finished meanwhile.
+        """
+        return self._call(lambda: self._interrupt(request_ids))
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probabilities of given tokens at temperature 1, as the engine computes them.
@@ -219,7 +161,7 @@ class VllmEngine:
         arriving = self._arriving(self._buckets)
         self._update = self._post(lambda: self._reload(version, arriving))
 
-    def load_bucket(self, bucket: WeightBucket) -> None:
+    def load_bucket(self, bucket: Bucket) -> None:
         """Hand over the next bucket; returns once the engine has room for another."""
         self._offer(bucket)
 
@@ -229,6 +171,14 @@ class VllmEngine:
         update, self._update, self._buckets = self._update, None, None
         assert update is not None
         update.result()
+
+    def reset_prefix_cache(self) -> None:
+        """Forget the prompts computed so far.
+
+        Raises:
+            EngineBusyError: requests are running.
+        """
+        self._call(self._reset_prefix_cache)
 
     def weights_checksum(self) -> dict[str, str]:
         """Checksum of every tensor the engine computes with, by Hugging Face name.
@@ -293,7 +243,7 @@ class VllmEngine:
             # first token would wait seconds for a C++ compiler.
             torch._dynamo.config.disable = True
         try:
-            return LLMEngine.from_engine_args(EngineArgs(**_engine_arguments(self.settings)))
+            return LLMEngine.from_engine_args(EngineArgs(**engine_arguments(self.settings)))
         except (ValueError, NotImplementedError) as error:
             raise UserError(f"vLLM cannot run {self.settings.model}: {error}") from error
 
@@ -307,13 +257,19 @@ class VllmEngine:
             if self._internal_ids.pop(output.request_id, None) is None:
                 continue
             completion = output.outputs[0]
+            text = completion.text
+            prefix = self._prefixes.pop(output.request_id, None)
+            if prefix is not None:
+                # Decoded as a whole: a character may lie across the seam.
+                whole = [*prefix, *completion.token_ids]
+                text = self._llm.output_processor.tokenizer.decode(whole, skip_special_tokens=True)
             results.append(
                 GenerationResult(
                     request_id=output.request_id,
                     token_ids=list(completion.token_ids),
                     logprobs=_sampled_logprobs(completion.logprobs),
                     finish_reason=str(completion.finish_reason),
-                    text=completion.text,
+                    text=text,
                     weight_version=self._weight_version,
                 )
             )
@@ -341,16 +297,17 @@ class VllmEngine:
                     f"prompt of {len(request.prompt_token_ids)} tokens and response of "
                     f"{request.max_tokens} exceed the engine's {self.settings.max_model_len}"
                 )
+            done = len(request.prefix)
             parameters = SamplingParams(
-                seed=request.seed,
+                seed=continuation_seed(request.seed, done) if done else request.seed,
                 temperature=request.temperature,
                 top_p=request.top_p,
-                max_tokens=request.max_tokens,
+                max_tokens=request.max_tokens - done,
                 logprobs=0,
                 flat_logprobs=True,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
-            prompt = tokens_input(list(request.prompt_token_ids))
+            prompt = tokens_input([*request.prompt_token_ids, *request.prefix])
             internal = self._llm.add_request(request.request_id, prompt, parameters)
         except (ValueError, VLLMClientError) as error:
             self._announce(
@@ -358,25 +315,37 @@ class VllmEngine:
             )
             return
         self._internal_ids[request.request_id] = internal
+        if done:
+            self._prefixes[request.request_id] = list(request.prefix)
 
-    def _abort(self, request_ids: Sequence[str]) -> int:
-        wasted = 0
+    def _interrupt(self, request_ids: Sequence[str]) -> list[GenerationResult]:
+        found = []
         running = []
         for request_id in request_ids:
             internal = self._internal_ids.pop(request_id, None)
             if internal is None:
                 continue
             running.append(request_id)
+            self._prefixes.pop(request_id, None)
             state = self._llm.output_processor.request_states.get(internal)
-            if state is not None and state.detokenizer is not None:
-                wasted += state.detokenizer.num_output_tokens()
+            if state is None:
+                continue
+            found.append(
+                GenerationResult(
+                    request_id=request_id,
+                    token_ids=list(state.detokenizer.output_token_ids),
+                    logprobs=_sampled_logprobs(state.logprobs_processor.logprobs),
+                    finish_reason="interrupted",
+                    text="",
+                    weight_version=self._weight_version,
+                )
+            )
         self._llm.abort_request(running)
         dropped = set(request_ids)
         with self._news:
-            # Finished in the meantime but not fetched: thrown away like the rest.
-            wasted += sum(len(r.token_ids) for r in self._finished if r.request_id in dropped)
+            found += [r for r in self._finished if r.request_id in dropped]
             self._finished = [r for r in self._finished if r.request_id not in dropped]
-        return wasted
+        return found
 
     def _score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         from vllm import SamplingParams
@@ -422,6 +391,11 @@ class VllmEngine:
         self._llm.sleep(level=2)
         self._asleep = True
 
+    def _reset_prefix_cache(self) -> None:
+        self._require_idle("reset the prefix cache")
+        if not self._llm.reset_prefix_cache():
+            raise EngineError("the prefix cache holds blocks of finished requests")
+
     def _checksums(self) -> dict[str, str]:
         from prorl_nemo.rollout.readback import named_weights
 
@@ -434,9 +408,7 @@ class VllmEngine:
             checksums: dict[str, str] = self._llm.apply_model(compute)[0]
             return checksums
 
-    def _arriving(
-        self, buckets: queue.Queue[WeightBucket | None]
-    ) -> Iterator[tuple[str, torch.Tensor]]:
+    def _arriving(self, buckets: queue.Queue[Bucket | None]) -> Iterator[tuple[str, torch.Tensor]]:
         while True:
             try:
                 bucket = buckets.get(timeout=BUCKET_TIMEOUT_SECONDS)
@@ -461,7 +433,7 @@ class VllmEngine:
     def _call(self, work: Callable[[], T]) -> T:
         return self._post(work).result()
 
-    def _offer(self, bucket: WeightBucket | None) -> None:
+    def _offer(self, bucket: Bucket | None) -> None:
         if self._update is None or self._buckets is None:
             raise EngineError("no weight update is open: call begin_update first")
         deadline = time.monotonic() + BUCKET_TIMEOUT_SECONDS
@@ -486,40 +458,6 @@ class VllmEngine:
             self._news.notify_all()
 
 
-def _engine_arguments(settings: EngineSettings) -> dict[str, Any]:
-    arguments: dict[str, Any] = {
-        "model": settings.model,
-        "dtype": settings.dtype,
-        "max_model_len": settings.max_model_len,
-        "max_num_seqs": settings.max_sequences,
-        "kv_cache_memory_bytes": settings.kv_cache_bytes,
-        # Log-probabilities of the sampling distribution, not those at temperature 1: the
-        # importance weight of the policy loss is wrong with any other.
-        "logprobs_mode": "processed_logprobs",
-        "enable_prefix_caching": True,
-        "disable_log_stats": True,
-        "use_tqdm_on_load": False,
-        "hf_overrides": {"head_dtype": "float32"} if settings.fp32_head else {},
-        "seed": 0,
-    }
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        return arguments | {
-            "gpu_memory_utilization": settings.gpu_memory_share,
-            "enable_sleep_mode": settings.sleep,
-        }
-    return arguments | {
-        "enforce_eager": True,
-        # A prefill cut in chunks rewinds the request's random stream, which a CPU generator
-        # cannot do; without chunks the longest sequence must fit one batch.
-        "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(settings.max_model_len, 4096),
-        # Blocks are shared whole; the default of 128 tokens would share no short prompt.
-        "block_size": 32,
-    }
-
-
 def _sampled_logprobs(logprobs: Any) -> list[float]:
     """The log-probability of the chosen token at every position that has one."""
     return [
@@ -527,52 +465,3 @@ def _sampled_logprobs(logprobs: Any) -> list[float]:
         for start, end in zip(logprobs.start_indices, logprobs.end_indices, strict=True)
         if end > start
     ]
-
-
-def checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of a Hugging Face folder, from its safetensors headers.
-
-    A tied output head stored beside the embedding is left out.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        header.pop("__metadata__", None)
-        shapes |= {name: tuple(entry["shape"]) for name, entry in header.items()}
-    if not shapes:
-        raise UserError(f"{folder}: no safetensors file with weights")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if config.get("tie_word_embeddings", False):
-        shapes.pop("lm_head.weight", None)
-    return shapes
-
-
-def complete_weights(
-    named_tensors: Iterable[tuple[str, Any]], shapes: Mapping[str, tuple[int, ...]]
-) -> Iterator[tuple[str, Any]]:
-    """Pass on a stream of tensors that must be exactly those of `shapes`.
-
-    vLLM only logs a missing tensor. And unless `lm_head.weight` is sent, it silently keeps the old
-    packed head of a tied model: where `shapes` has no head, the embedding is passed on as one.
-
-    Raises:
-        EngineError: a tensor is missing, unknown, sent twice or of a wrong shape.
-    """
-    missing = dict(shapes)
-    embedding = None
-    for name, tensor in named_tensors:
-        if name == "lm_head.weight" and name not in shapes:
-            continue
-        expected = missing.pop(name, None)
-        if expected is None:
-            raise EngineError(f"{name}: sent twice, or not a tensor of the model")
-        if tuple(tensor.shape) != expected:
-            raise EngineError(f"{name}: shape {tuple(tensor.shape)}, expected {expected}")
-        if name == "model.embed_tokens.weight":
-            embedding = tensor
-        yield name, tensor
-    if missing:
-        raise EngineError(f"{len(missing)} tensors never arrived: {', '.join(missing)[:200]}")
-    if "lm_head.weight" not in shapes:
-        yield "lm_head.weight", embedding

@@ -22,13 +22,14 @@ import psutil
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from prorl_nemo.errors import UserError
+from prorl_nemo.rollout.complete_weights import EngineError
 from prorl_nemo.rollout.engine import (
     EngineBusyError,
-    EngineError,
-    EngineSettings,
     EngineState,
     VllmEngine,
 )
+from prorl_nemo.rollout.engine_settings import EngineSettings
 from prorl_nemo.rollout.protocol import GenerationRequest, GenerationResult
 from prorl_nemo.rollout.weights import WeightBucket
 
@@ -36,8 +37,9 @@ POLL_SECONDS = 0.5
 """How long an engine holds a poll open: the pace of its heartbeat."""
 
 
-class FleetError(RuntimeError):
-    """Engines die faster than `max_restarts` allows: save the run and stop."""
+class FleetError(UserError):
+    """Engines die faster than `max_restarts` allows, or compute with wrong weights: save the run
+    and stop."""
 
 
 class _EngineActor:
@@ -153,6 +155,7 @@ class Fleet:
         self._restarts: deque[float] = deque()
         self._weights: tuple[int, list[Any]] | None = None
         self._current = True
+        self._early: list[GenerationResult] = []
         self._members = [_Member(index, self._spawn(index)) for index in range(count)]
         self.states()
 
@@ -166,13 +169,18 @@ class Fleet:
         """
         if not self._current:
             raise EngineError("the last weight update was broken off: update the weights first")
+        shares: dict[int, list[GenerationRequest]] = {}
         for _, group in itertools.groupby(requests, key=lambda r: tuple(r.prompt_token_ids)):
             batch = list(group)
             member = min(self._members, key=lambda m: (m.load, m.index))
             if not member.requests:
                 member.silent = 0.0
             member.requests |= {request.request_id: request for request in batch}
-            member.actor.call.remote("submit", batch)
+            shares.setdefault(member.index, []).extend(batch)
+        # One call an engine: it computes nothing before all of them are there, so what it
+        # computes together does not depend on when messages arrive.
+        for index, share in shares.items():
+            self._members[index].actor.call.remote("submit", share)
 
     def poll(self, max_wait: float) -> list[GenerationResult]:
         """Responses finished since the last call; waits up to `max_wait` seconds for one."""
@@ -184,13 +192,14 @@ class Fleet:
                     member.asked = time.monotonic()
             waiting = [member.poll for member in self._members if member.poll is not None]
             remaining = max(0.0, deadline - time.monotonic())
-            if not waiting:
+            if not waiting and not self._early:
                 time.sleep(remaining)
                 return []
-            ready, _ = ray.wait(waiting, timeout=min(remaining, POLL_SECONDS))
+            patience = 0.0 if self._early else min(remaining, POLL_SECONDS)
+            ready, _ = ray.wait(waiting, timeout=patience) if waiting else ([], [])
             if ready:
                 ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
-            results: list[GenerationResult] = []
+            results, self._early = self._early, []
             for member in self._members:
                 if member.poll in ready:
                     results += self._receive(member)
@@ -200,16 +209,40 @@ class Fleet:
 
     def abort(self, request_ids: Sequence[str]) -> int:
         """Drop requests; returns the response tokens that were generated for them."""
-        dropped = {
-            member.index: [i for i in request_ids if i in member.requests]
-            for member in self._members
-        }
-        concerned = [member for member in self._members if dropped[member.index]]
-        for member in concerned:
-            for request_id in dropped[member.index]:
+        return sum(len(result.token_ids) for result in self.interrupt(request_ids))
+
+    def interrupt(self, request_ids: Sequence[str]) -> list[GenerationResult]:
+        """Drop requests; returns what was generated for them, but for those of a dead engine."""
+        wanted = set(request_ids)
+
+        def interrupted(member: _Member) -> Any:
+            return member.actor.call.remote("interrupt", sorted(wanted & member.requests.keys()))
+
+        concerned = [member for member in self._members if wanted & member.requests.keys()]
+        answers = self._ask(concerned, interrupted)
+        found, self._early = (
+            [r for r in self._early if r.request_id in wanted],
+            [r for r in self._early if r.request_id not in wanted],
+        )
+        for member, answer in zip(concerned, answers, strict=True):
+            if answer is None:
+                interrupted(member)  # The dead engine's successor was sent them.
+                answer = []
+            missing = wanted & member.requests.keys() - {r.request_id for r in answer}
+            if missing and member.poll is not None:
+                # They have finished, and are on their way here.
+                arrived = self._receive(member)
+                found += [r for r in arrived if r.request_id in wanted]
+                self._early += [r for r in arrived if r.request_id not in wanted]
+            found += answer
+            for request_id in wanted & member.requests.keys():
                 del member.requests[request_id]
-        counts = self._ask(concerned, lambda m: m.actor.call.remote("abort", dropped[m.index]))
-        return sum(count or 0 for count in counts)
+        return found
+
+    def reset_prefix_cache(self) -> None:
+        """`VllmEngine.reset_prefix_cache` on every engine."""
+        self._require_idle("reset the prefix cache")
+        self._ask(self._members, lambda m: m.actor.call.remote("reset_prefix_cache"))
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """`VllmEngine.score`, the sequences dealt out to the engines."""
@@ -242,7 +275,7 @@ class Fleet:
 
         Raises:
             EngineBusyError: requests are unanswered; nothing was changed.
-            EngineError: an engine refuses the tensors.
+            FleetError: engines refuse the tensors again and again.
         """
         self._require_idle("update weights")
         for member in self._members:
@@ -265,12 +298,12 @@ class Fleet:
         """Compare every engine's weights with `weights.weight_checksums` of what was sent.
 
         Raises:
-            EngineError: naming engine and tensors.
+            FleetError: naming engine and tensors.
         """
         for index, found in enumerate(self.weights_checksum()):
             wrong = [name for name, checksum in expected.items() if found.get(name) != checksum]
             if wrong:
-                raise EngineError(
+                raise FleetError(
                     f"engine {index} computes with other weights than the trainer: "
                     f"{len(wrong)} of {len(expected)} tensors differ ({', '.join(wrong[:5])})"
                 )
@@ -302,7 +335,7 @@ class Fleet:
         return answers
 
     def _ask(self, members: Sequence[_Member], call: Callable[[_Member], Any]) -> list[Any]:
-        """One answer per member; None from an engine that died and was replaced meanwhile."""
+        """One answer per member; None from an engine that died or failed, and was replaced."""
         references = [call(member) for member in members]
         answers = []
         for member, reference in zip(members, references, strict=True):
@@ -312,7 +345,10 @@ class Fleet:
                 self._replace(member, "died")
                 answers.append(None)
             except RayTaskError as error:
-                raise error.cause from None
+                if not isinstance(error.cause, EngineError):
+                    raise error.cause from None
+                self._replace(member, f"failed: {error.cause}")
+                answers.append(None)
             except ray.exceptions.GetTimeoutError:
                 self._replace(member, f"gave no answer for {self._start_seconds:.0f} seconds")
                 answers.append(None)
@@ -350,8 +386,10 @@ class Fleet:
             self._restarts.popleft()
         if len(self._restarts) > self._max_restarts:
             raise FleetError(
-                f"engine {member.index} {reason}; {len(self._restarts)} engine failures within "
-                f"{self._restart_window:.0f} seconds"
+                f"rollout.max_engine_restarts: engine {member.index} {reason}; "
+                f"{len(self._restarts)} engine failures within {self._restart_window:.0f} seconds, "
+                f"{self._max_restarts} are allowed; look for memory (rollout.kv_cache_mib) and for "
+                "faults of the machine, and start again"
             )
         member.end()
         member.actor = self._spawn(member.index)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prorl_nemo.records import Group, Prompt, Sample
+from prorl_nemo.rollout.carried import Carried
 from prorl_nemo.rollout.keep_rate import is_certain
 from prorl_nemo.rollout.protocol import (
     GenerationEngine,
@@ -21,6 +22,8 @@ GRADING_POLL_SECONDS = 0.02
 """How long to wait for the engine while verdicts are due."""
 
 ENGINE_POLL_SECONDS = 0.5
+
+INTERRUPTED = "interrupted"
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class PendingGroup:
         scores: of the samples graded so far, in the order they became known.
         certain: they differ, so the group carries signal whatever the others are.
         rejected: why the engine cannot serve the prompt, if it cannot.
-        carried: complete since an earlier batch, from an earlier policy.
+        brought: response tokens made for an earlier batch, by an earlier policy.
     """
 
     prompt: Prompt
@@ -57,14 +60,7 @@ class PendingGroup:
     scores: list[float] = field(default_factory=list)
     certain: bool = False
     rejected: str | None = None
-    carried: bool = False
-
-    @classmethod
-    def from_samples(cls, prompt: Prompt, epoch: int, samples: list[Sample]) -> PendingGroup:
-        """A group carried over from an earlier batch."""
-        scores = Group(prompt, epoch, samples).scores
-        certain = is_certain(scores, len(samples))
-        return cls(prompt, epoch, len(samples), [], samples, scores, certain, carried=True)
+    brought: int = 0
 
     @property
     def complete(self) -> bool:
@@ -72,8 +68,17 @@ class PendingGroup:
 
     @property
     def tokens(self) -> int:
-        """Response tokens of the samples that have finished, 0 where an earlier batch paid them."""
-        return 0 if self.carried else sum(len(sample.token_ids) for sample in self.samples)
+        """Response tokens generated for this batch, as far as they have come out."""
+        return sum(len(sample.token_ids) for sample in self.samples) - self.brought
+
+    def note_score(self, score: float) -> None:
+        self.scores.append(score)
+        self.certain = self.certain or is_certain(self.scores, self.size)
+
+    def sort_scores(self) -> None:
+        """The scores of a complete group in the order of its samples."""
+        if self.rejected is None:
+            self.scores = self.group().scores
 
     def group(self) -> Group:
         """The complete group, samples in their own order."""
@@ -92,7 +97,7 @@ class GroupCollector:
         self._grader = grader
         self._run_seed = run_seed
         self._launched = 0
-        self._generating: dict[str, tuple[PendingGroup, int, int]] = {}
+        self._generating: dict[str, tuple[PendingGroup, Sample]] = {}
         self._grading: dict[str, tuple[PendingGroup, Sample, Future[Any]]] = {}
 
     @property
@@ -101,29 +106,41 @@ class GroupCollector:
         return len(self._generating)
 
     def launch(
-        self, prompts: Iterable[tuple[Prompt, int]], sampling: Sampling
+        self,
+        prompts: Iterable[tuple[Prompt, int]],
+        sampling: Sampling,
+        carried: Carried | None = None,
     ) -> list[PendingGroup]:
-        """Start all samples of some (prompt, epoch) pairs."""
-        groups, requests = [], []
+        """Start all samples of some (prompt, epoch) pairs, or go on with what `suspend` left."""
+        groups: list[PendingGroup] = []
+        requests: list[GenerationRequest] = []
         for prompt, epoch in prompts:
             self._launched += 1
             ids = [f"{self._launched}.{i}" for i in range(sampling.samples_per_prompt)]
             group = PendingGroup(prompt, epoch, len(ids), ids)
             groups.append(group)
+            begun = {s.index: s for s in (carried or {}).get((prompt.prompt_id, epoch), ())}
+            group.brought = sum(len(sample.token_ids) for sample in begun.values())
             for index, request_id in enumerate(ids):
                 seed = sample_seed(self._run_seed, prompt.prompt_id, epoch, index)
-                self._generating[request_id] = (group, index, seed)
-                requests.append(
-                    GenerationRequest(
-                        request_id=request_id,
-                        prompt_token_ids=prompt.token_ids,
-                        seed=seed,
-                        temperature=sampling.temperature,
-                        max_tokens=sampling.max_response_tokens,
-                        top_p=sampling.top_p,
+                sample = begun.get(index) or Sample(index, [], [], INTERRUPTED, "", seed, 0)
+                if sample.finish_reason == INTERRUPTED:
+                    self._generating[request_id] = (group, sample)
+                    requests.append(
+                        GenerationRequest(
+                            request_id=request_id,
+                            prompt_token_ids=prompt.token_ids,
+                            seed=seed,
+                            temperature=sampling.temperature,
+                            max_tokens=sampling.max_response_tokens,
+                            top_p=sampling.top_p,
+                            prefix=sample.token_ids,
+                        )
                     )
-                )
-        self._engine.submit(requests)
+                else:
+                    self._enter(request_id, group, sample)
+        if requests:
+            self._engine.submit(requests)
         return groups
 
     def advance(self) -> None:
@@ -135,8 +152,7 @@ class GroupCollector:
             group, sample, future = self._grading.pop(request_id)
             verdict = future.result()
             sample.score, sample.reason = verdict.score, verdict.reason
-            group.scores.append(verdict.score)
-            group.certain = group.certain or is_certain(group.scores, group.size)
+            group.note_score(verdict.score)
 
     def abandon(self, groups: Iterable[PendingGroup]) -> int:
         """Stop working on groups.
@@ -154,23 +170,54 @@ class GroupCollector:
                     self._grading.pop(request_id)[2].cancel()
         return wasted + (self._engine.abort(running) if running else 0)
 
+    def suspend(self, groups: Iterable[PendingGroup]) -> None:
+        """Stop working on groups and keep in them, ungraded or unfinished, what was made."""
+        running = []
+        for group in groups:
+            for request_id in group.request_ids:
+                if request_id in self._generating:
+                    running.append(request_id)
+                elif request_id in self._grading:
+                    self._grading.pop(request_id)[2].cancel()
+        for result in self._engine.interrupt(running) if running else ():
+            group, begun = self._generating[result.request_id]
+            if result.rejected:
+                group.rejected = result.text
+            else:
+                group.samples.append(_continued(begun, result))
+        for request_id in running:
+            group, begun = self._generating.pop(request_id)
+            # Its engine died just now: what it had before remains.
+            if begun.token_ids and not any(s.index == begun.index for s in group.samples):
+                group.samples.append(begun)
+
     def _receive(self, result: GenerationResult) -> None:
         entry = self._generating.pop(result.request_id, None)
         if entry is None:
             return
-        group, index, seed = entry
+        group, begun = entry
         if result.rejected:
             group.rejected = result.text
-            return
-        sample = Sample(
-            index=index,
-            token_ids=result.token_ids,
-            engine_logprobs=result.logprobs,
-            finish_reason=result.finish_reason,
-            text=result.text,
-            seed=seed,
-            weight_version=result.weight_version,
-        )
+        else:
+            self._enter(result.request_id, group, _continued(begun, result))
+
+    def _enter(self, request_id: str, group: PendingGroup, sample: Sample) -> None:
+        """A finished response into its group, and to the grader unless it was graded before."""
         group.samples.append(sample)
-        future = self._grader.submit(result.request_id, group.prompt.grading, result.text)
-        self._grading[result.request_id] = (group, sample, future)
+        if sample.score is not None:
+            group.note_score(sample.score)
+            return
+        future = self._grader.submit(request_id, group.prompt.grading, sample.text)
+        self._grading[request_id] = (group, sample, future)
+
+
+def _continued(begun: Sample, result: GenerationResult) -> Sample:
+    """A sample with the tokens it had and those that came now."""
+    return replace(
+        begun,
+        token_ids=[*begun.token_ids, *result.token_ids],
+        engine_logprobs=[*begun.engine_logprobs, *result.logprobs],
+        finish_reason=result.finish_reason,
+        text=result.text,
+        weight_version=begun.weight_version if begun.token_ids else result.weight_version,
+    )

@@ -8,7 +8,8 @@ to be kept the larger k is. Our choice: count what became of such groups, and fo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from prorl_nemo.algorithms.group_filter import TOLERANCE
 
@@ -60,6 +61,16 @@ class KeepRate:
                 self._chances.append(rate)
             self._chances[-1] = 0.0
         return self._chances[known]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The evidence, JSON-able."""
+        return {"group_size": self.group_size, "kept": list(self._kept), "seen": list(self._seen)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.group_size = state["group_size"]
+        self._kept, self._seen = list(state["kept"]), list(state["seen"])
+        self._chances = None
 
     def forget(self) -> None:
         """Age the evidence by one batch."""

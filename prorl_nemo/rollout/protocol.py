@@ -24,7 +24,8 @@ class GenerationRequest:
         seed: of the sampler's random stream, 0 <= seed < 2**63.
         temperature: 0 is greedy.
         top_p: 1.0 in training, since the importance weight needs the whole distribution.
-        max_tokens: response limit, the end-of-turn token included.
+        max_tokens: response limit, the end-of-turn token and `prefix` included.
+        prefix: the response's first tokens, made earlier: the engine goes on from there.
     """
 
     request_id: str
@@ -33,18 +34,20 @@ class GenerationRequest:
     temperature: float
     max_tokens: int
     top_p: float = 1.0
+    prefix: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """A finished response.
+    """A response, without the prefix of its request.
 
     Attributes:
         token_ids: response tokens, the end-of-turn token included when there is one.
         logprobs: of each token under the sampling distribution (temperature and top-p applied).
-        finish_reason: `stop`, `length`, or `rejected` (the engine cannot serve this request:
-            no tokens, the cause in `text`).
-        text: the decoded response without special tokens.
+        finish_reason: `stop`, `length`, `interrupted` (`GenerationEngine.interrupt`: more would
+            have come), or `rejected` (the engine cannot serve this request: no tokens, the cause
+            in `text`).
+        text: the decoded response without special tokens, prefix included.
         weight_version: of the weights that made every one of these tokens.
     """
 
@@ -74,6 +77,12 @@ class GenerationEngine(Protocol):
 
         Returns:
             the response tokens that had been generated for them.
+        """
+
+    def interrupt(self, request_ids: Sequence[str]) -> list[GenerationResult]:
+        """Drop requests as `abort` does, but hand out what they have got so far.
+
+        A request whose tokens are lost, because its engine died, is missing.
         """
 
 

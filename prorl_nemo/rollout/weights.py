@@ -11,12 +11,19 @@ import hashlib
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 
 BUCKET_BYTES = 64 << 20
 """Large enough that per-message costs vanish, small enough that two in flight do not matter."""
+
+
+class Bucket(Protocol):
+    """Some of a model's tensors on their way; once unpickled, it gives them out."""
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]: ...
 
 
 @dataclass(frozen=True)

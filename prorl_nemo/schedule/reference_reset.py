@@ -84,8 +84,8 @@ class Decision:
     """What to do after a step, and why.
 
     Attributes:
-        trigger: `interval`, `kl_spike`, `stalled_validation` or the name of one's own;
-            None without a reset. If several apply, the first of this list.
+        trigger: what was `due`, `interval`, `kl_spike`, `stalled_validation` or the name of
+            one's own; None without a reset. If several apply, the first of this list.
         source: `best` means the checkpoint of step `figures["best_step"]`.
         new_best: this step's validation is the best so far.
         figures: all that was known, JSON-able, for the event log: step, steps_since_reset,
@@ -116,7 +116,11 @@ class _State:
 
 
 class ReferenceReset:
-    """Decides after each step. One call per step, so never two resets in one."""
+    """Decides after each step. One call per step, so never two resets in one.
+
+    Attributes:
+        settings, triggers: may be replaced between steps; a stage can have its own.
+    """
 
     def __init__(self, settings: ResetSettings, triggers: Sequence[Trigger] = ()) -> None:
         self.settings = settings
@@ -129,6 +133,7 @@ class ReferenceReset:
         kl: float | None = None,
         validation: float | None = None,
         metrics: Mapping[str, float] | None = None,
+        due: str | None = None,
     ) -> Decision:
         """Take in a finished step and decide. If the answer is a reset, it is taken as done.
 
@@ -139,6 +144,7 @@ class ReferenceReset:
                 update was made: such a step is no evidence of anything.
             validation: mean score, if this step was validated.
             metrics: the step's metrics, for triggers of one's own.
+            due: a reset that the recipe orders after this step, by its name.
 
         Raises:
             ValueError: a step not after the last one, or a non-finite validation score.
@@ -166,7 +172,7 @@ class ReferenceReset:
             "best_step": state.best_step,
             "evaluations_since_best": state.evaluations_since_best,
         }
-        trigger = self._trigger(figures, metrics or {}) if step > 0 else None
+        trigger = (due or self._trigger(figures, metrics or {})) if step > 0 else None
         fallen = (
             state.validation is not None
             and state.best_validation is not None
@@ -187,6 +193,19 @@ class ReferenceReset:
             new_best=new_best,
             figures=figures,
         )
+
+    @property
+    def last_reset(self) -> int | None:
+        """The step after which the reference was last reset; None before the first reset."""
+        return self._state.last_reset if self._state.resets else None
+
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """Step and score of the best validation so far."""
+        state = self._state
+        if state.best_step is None or state.best_validation is None:
+            return None
+        return state.best_step, state.best_validation
 
     def state_dict(self) -> dict[str, Any]:
         """The whole state, JSON-able."""

@@ -36,6 +36,8 @@ class TrainingBatch:
         advantages: one for each sample.
         temperature: the sampling temperature.
         old_logprobs, reference_logprobs: float32 [length] a sample, filled in by the trainer.
+        stale: of each sample, whether an earlier policy began it (`rollout.surplus: carry_over`);
+            empty where none is.
     """
 
     prompts: list[list[int]]
@@ -46,6 +48,7 @@ class TrainingBatch:
     temperature: float
     old_logprobs: list[NDArray[np.float32]] = field(default_factory=list)
     reference_logprobs: list[NDArray[np.float32]] = field(default_factory=list)
+    stale: list[bool] = field(default_factory=list)
 
     @property
     def response_tokens(self) -> int:

@@ -25,13 +25,15 @@ from prorl_nemo.cluster.policy_group import PolicyGroup
 from prorl_nemo.model_source import resolve_model
 from prorl_nemo.recipe import Recipe
 from prorl_nemo.records import Group, Prompt
+from prorl_nemo.rewards.gold import gold_response, known_item
 from prorl_nemo.rewards.pool import GraderPool
+from prorl_nemo.rewards.sandbox.probe import attempts, working_backend
 from prorl_nemo.rollout.dynamic_sampler import DynamicSampler
 from prorl_nemo.rollout.group_collector import Sampling
 from prorl_nemo.training.batch import StepSettings, TrainingBatch
-from prorl_nemo.training.loop import recipe_stages
 from prorl_nemo.training.preflight import check_resources
 from prorl_nemo.training.session import Session, open_session
+from prorl_nemo.training.stage_rules import recipe_stages
 
 # Mean |log-prob difference| in nats per token. bf16 has 8 bits of mantissa and two independent
 # implementations round differently in every layer; a wrong temperature, a stale head or a rope
@@ -43,8 +45,8 @@ GRADIENT_LIMIT = {"bf16": 0.02, "fp32": 1e-4}
 # Samples enough for a standard error of the mean mismatch well below its limit.
 _PROMPTS = 10
 _SAMPLES = 6
-# Groups whose gradients are compared: one rank repeats every prompt for every sample.
-_GRADIENT_GROUPS = 4
+# Groups computed a second, slower way: by transformers, and by one rank with nothing shared.
+_COMPARED_GROUPS = 5
 
 
 @dataclass(frozen=True)
@@ -98,16 +100,16 @@ def run_check(recipe: Recipe, json_file: Path | None = None) -> bool:
 def _lines(session: Session, status: Callable[[str], None]) -> Iterator[Line]:
     recipe = session.recipe
     status("graders")
-    yield from _graders(session.graders, session.prompts.validation)
+    yield from _graders(session.graders, session.prompts.validation, recipe.grading.sandbox)
     status("sampling")
     batch = _sample(session)
     status("trainer against transformers")
     batch.old_logprobs, _ = session.policy.logprobs(batch)
     batch.reference_logprobs = batch.old_logprobs
-    independent = transformers_logprobs(session.folder, batch)
+    some = first_groups(batch, _COMPARED_GROUPS)  # transformers in fp32 is slow
     yield _within(
         "trainer log-probs against transformers",
-        _mean_difference(batch.old_logprobs, independent),
+        _mean_difference(some.old_logprobs, transformers_logprobs(session.folder, some)),
         MISMATCH_LIMIT[recipe.policy.precision],
         "mean |difference|, same tokens, transformers in fp32",
     )
@@ -132,19 +134,33 @@ def _lines(session: Session, status: Callable[[str], None]) -> Iterator[Line]:
     yield from _reference_lines(session.policy, batch)
 
 
-def _graders(graders: GraderPool, prompts: Sequence[Prompt]) -> Iterator[Line]:
-    """The gold answer must score 1 and an empty response 0, for one prompt of each task."""
+def _graders(graders: GraderPool, prompts: Sequence[Prompt], sandbox: str) -> Iterator[Line]:
+    """For one prompt of each task the gold answer must score 1 and an empty response 0.
+
+    Where the record tells no gold answer (instructions, some tasks), another one of its kind is
+    graded in its place.
+    """
     chosen = {prompt.task: prompt for prompt in prompts}
-    golds = [
-        (p.grading, f"<answer>{p.grading['entry']['answer']}</answer>") for p in chosen.values()
-    ]
-    full = graders.grade_many(golds)
-    empty = graders.grade_many([(grading, "") for grading, _ in golds])
-    for task, gold, nothing in zip(chosen, full, empty, strict=True):
+    if any(prompt.domain == "code" for prompt in chosen.values()):
+        backend = working_backend(sandbox)
         yield _yes(
-            f"grader: {task}",
-            gold.score == 1.0 and nothing.score == 0.0,
-            f"gold answer {gold.score:g} ({gold.reason}), empty response {nothing.score:g}",
+            f"sandbox for code: {backend.name}",
+            backend.name == "none" or not attempts(backend),
+            "unprotected, as grading.allow_unsafe says"
+            if backend.name == "none"
+            else "a program inside tried to read, write, connect, signal and start processes",
+        )
+    for task, prompt in chosen.items():
+        record, gold, what = prompt.grading, gold_response(prompt.grading), "gold answer"
+        if gold is None:
+            known = known_item(prompt.grading["kind"])
+            assert known is not None
+            (record, gold), what = known, "a known answer of the same kind"
+        full, nothing = graders.grade_many([(record, gold), (prompt.grading, "")])
+        yield _yes(
+            f"grader: {task} ({prompt.domain})",
+            full.score == 1.0 and nothing.score == 0.0,
+            f"{what} {full.score:g} ({full.reason}), empty response {nothing.score:g}",
         )
 
 
@@ -229,11 +245,10 @@ def _gradient_line(session: Session, batch: TrainingBatch) -> Line:
     """Gradient norm of the recipe's layout against one rank, one row, nothing shared."""
     recipe = session.recipe
     settings = _settings(recipe)
-    batch = first_groups(batch, _GRADIENT_GROUPS)
+    batch = first_groups(batch, _COMPARED_GROUPS)
     here = session.policy.gradient_norm(batch, settings)
     plain = recipe.model_copy(deep=True)
-    for key in ("tensor_parallel", "pipeline_parallel", "data_parallel"):
-        setattr(plain.policy, key, 1)
+    plain.policy = recipe.policy.on_one_rank()
     plain.policy.shared_prompts = False
     plain.policy.tokens_per_microbatch = 1 << 30
     with _policy(plain, session.folder) as single:
@@ -327,10 +342,8 @@ def _yes(name: str, ok: bool, detail: str) -> Line:
 
 
 def _table(recipe: Recipe, lines: Sequence[Line]) -> Table:
-    policy = recipe.policy
     table = Table(
-        title=f"prorl check: {recipe.name}, {policy.precision}, TP {policy.tensor_parallel}, "
-        f"PP {policy.pipeline_parallel}, DP {policy.data_parallel}"
+        title=f"prorl check: {recipe.name}, {recipe.policy.precision}, {recipe.policy.layout}"
     )
     for column in ("check", "figure", "limit", "", "what"):
         table.add_column(column, justify="right" if column in ("figure", "limit") else "left")

@@ -24,6 +24,7 @@ from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
+from setproctitle import setproctitle
 
 Row = Mapping[str, Any]
 
@@ -133,6 +134,8 @@ class LiveView:
             self._phase, self._phase_total = _printable(name), _number(total)
             self._phase_done, self._phase_detail = 0.0, ""
             self._phase_started = time.monotonic()
+            # For ps and top: what a run does can be seen without its terminal.
+            setproctitle(f"prorl {self._name}: step {self._step + 1}, {self._phase}")
 
     def progress(self, done: float, detail: str = "") -> None:
         """How far the running phase is, and a few words (`812 tok/s, 3 rejected`)."""

@@ -10,27 +10,39 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 from prorl_nemo.errors import UserError
 from prorl_nemo.recipe import Recipe
-from prorl_nemo.rollout.dynamic_sampler import DynamicSampler, Progress
+from prorl_nemo.rollout.dynamic_sampler import DynamicSampler
+from prorl_nemo.rollout.filling import Progress
+from prorl_nemo.rollout.fleet import FleetError
 from prorl_nemo.rollout.group_collector import Sampling
-from prorl_nemo.schedule.learning_rate import learning_rate
-from prorl_nemo.schedule.reference_reset import ReferenceReset, ResetSettings
-from prorl_nemo.schedule.stages import SETTINGS, Stages, StageSettings, penalty_on
+from prorl_nemo.rollout.prompt_history import PromptHistory
+from prorl_nemo.schedule.collapse import CollapseWatch
+from prorl_nemo.schedule.mismatch_watch import MismatchWatch
+from prorl_nemo.schedule.reference_reset import Decision, ReferenceReset
 from prorl_nemo.training import step_metrics
 from prorl_nemo.training.batch import StepSettings, TrainingBatch
 from prorl_nemo.training.live_view import LiveView
 from prorl_nemo.training.metrics import RunLog
+from prorl_nemo.training.reset_rules import ResetRules
 from prorl_nemo.training.rollout_batch import advantages_of, training_batch
-from prorl_nemo.training.run_state import Checkpoints
+from prorl_nemo.training.run_state import Checkpoints, DamagedCheckpoint
+from prorl_nemo.training.saving import Saver
 from prorl_nemo.training.session import Session
+from prorl_nemo.training.skipped_updates import SkippedUpdates
+from prorl_nemo.training.stage_rules import StageRules
+from prorl_nemo.training.stopping import StopRequested
+from prorl_nemo.training.tracking import Tracker
 from prorl_nemo.training.validation import validation_row
 
+UPDATE_PHASES = ("logprobs", "reference", "train", "sync", "validate")
 
-class StopRequested(Exception):
-    """The user, the scheduler or the clock wants the run to save and end."""
+
+class RestartNeeded(Exception):
+    """The processes must be started anew, from the last checkpoint."""
 
 
 class Trainer:
@@ -39,7 +51,8 @@ class Trainer:
     Args:
         session: the running parts.
         log, view: where figures and events go.
-        should_stop: asked often; a reason to stop, or None.
+        should_stop: asked often, with the seconds a save needs; a reason to stop, or None.
+        tracker: of the recipe's tracking back ends.
     """
 
     def __init__(
@@ -48,69 +61,94 @@ class Trainer:
         log: RunLog,
         view: LiveView,
         checkpoints: Checkpoints,
-        should_stop: Callable[[], str | None],
+        should_stop: Callable[[float], str | None],
+        tracker: Tracker | None = None,
     ) -> None:
         self.session, self.log, self.view = session, log, view
         self.recipe: Recipe = session.recipe
         self.checkpoints = checkpoints
+        self.saver = Saver(
+            checkpoints, session.policy.begin_save, self.recipe.checkpoint.background, self.event
+        )
         self.should_stop = should_stop
+        self.tracker = tracker or Tracker([])
         self.step = 0
         self.validated_step = -1
         self.last_validation: dict[str, float] | None = None
-        self.stages = recipe_stages(self.recipe)
-        reset = self.recipe.reference_reset
-        self.resets = ReferenceReset(ResetSettings(**reset.model_dump()))
+        self.rules = StageRules(self.recipe)
+        self.stages = self.rules.stages
+        self.reset_rules = ResetRules(self.recipe)
+        self.resets = ReferenceReset(self.reset_rules.settings(0))
+        self.collapse = CollapseWatch()
+        self.mismatch = MismatchWatch()
         self.sampler = DynamicSampler(
             session.fleet,
             session.graders,
             session.prompts.stream,
             self.recipe.seed,
+            carry_over=self.recipe.rollout.surplus == "carry_over",
+            history=self._history(),
+            lockstep=self.recipe.rollout.deterministic,
             on_event=lambda event, details: self.event(event, **details),
             on_progress=self._progress,
         )
         self.times: dict[str, float] = {}
-        self.skipped_in_a_row = 0
+        self.update_seconds = 0.0
+        self.skipped = SkippedUpdates(
+            self.recipe.run_dir / "skipped", self.recipe.policy.optimizer.max_skipped_updates
+        )
         self.updating = False
+        self.engines_lost: FleetError | None = None
 
     # ---- the run --------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Train to the last step. On StopRequested the last finished step is saved first."""
+        """Train to the last step. On StopRequested the last finished step is saved first.
+
+        Raises:
+            StopRequested: stopped and saved.
+            FleetError: engines fail again and again, or with wrong weights; saved.
+            SaveFailed: the last checkpoint could not be written.
+        """
         try:
             if self.step == 0 and self.recipe.validation.at_start and self.validated_step < 0:
                 self.validate()
                 self.resets.observe(0, validation=self._validation_mean())
             while self.step < self.stages.total_steps:
-                self._check_stop()
+                self._check_stop(self.update_seconds)
                 self.train_step()
-        except StopRequested as stop:
-            self.save()
+            if self.validated_step < self.step:
+                self.validate()  # Resumed after engines were lost before the last one.
+        except (StopRequested, FleetError) as stop:
+            self.save(last=True)
             self.event("stopped", reason=str(stop))
             raise
-        if self.step not in self.checkpoints.steps():
-            self.save()
+        self.save(last=True)
         self.event("finished")
 
     def train_step(self) -> None:
         """One rollout, its updates, and everything that follows from them."""
         step, started = self.step + 1, time.monotonic()
+        self.saver.collect()
         # The row is written before the save, or a run killed between the two would lose it; so
         # a step's row carries the time of the save before it.
-        self.times = {"checkpoint": self.times.get("checkpoint", 0.0)}
+        self.times = {"checkpoint": self.saver.blocked_seconds}
+        self.saver.blocked_seconds = 0.0
         stage = self.stages.at(step)
-        self._announce(step, stage)
-        cosine_on = self._cosine_on(step)
+        self._announce(step)
+        cosine = self.rules.cosine(step)
 
         with self._phase("generate", self.recipe.rollout.prompts_per_step):
+            self._forget_prefixes()
             rollout = self.sampler.sample_batch(
                 self.recipe.rollout.prompts_per_step,
                 Sampling(stage.samples_per_prompt, stage.temperature, stage.max_response_tokens),
                 self.recipe.rollout.max_rejected_per_kept,
             )
-        outcome = advantages_of(rollout.groups, self.recipe, stage, cosine_on)
-        batch = training_batch(rollout.groups, outcome, stage.temperature)
+        outcome = advantages_of(rollout.groups, self.recipe, stage, cosine)
+        batch = training_batch(rollout.groups, outcome, stage.temperature, self.session.version)
         settings = StepSettings(
-            learning_rate=self._learning_rate(step, stage),
+            learning_rate=self._learning_rate(step),
             clip_low=stage.clip_low,
             clip_high=stage.clip_high,
             minibatches=self.recipe.algorithm.minibatches,
@@ -121,17 +159,31 @@ class Trainer:
         self.step = step
 
         row = step_metrics.train_row(self.recipe, step, stage, rollout, outcome, batch, records)
-        row |= {"policy/learning_rate": settings.learning_rate, "shaping/cosine_on": int(cosine_on)}
-        validated = step % self.recipe.validation.interval == 0 or step == self.stages.total_steps
+        row |= {
+            "policy/learning_rate": settings.learning_rate,
+            "shaping/cosine_on": int(cosine is not None),
+        }
+        for source, share in self.session.prompts.stream.drawn_shares.items():
+            row[f"rollout/drawn/{source}"] = share
+        due = step % self.recipe.validation.interval == 0 or step == self.stages.total_steps
+        validated = due and self._with_engines(self.validate)
         if validated:
-            self.validate()
-        self._decide_reset(row, validated)
+            self._end_stalled_stage()
+        decision = self._decide_reset(row, validated)
         self.times["step"] = time.monotonic() - started
         row |= step_metrics.time_figures(self.times, rollout, batch)
-        self.view.step(self.log.metrics(row))
+        self._write(row)
+        for warning in self.collapse.observe(step, row):
+            self.event("collapse_warning", **asdict(warning))
+        if mismatch := self.mismatch.observe(step, row):
+            self.event("mismatch_warning", **asdict(mismatch))
         self.updating = False
-        self.times.pop("checkpoint")
-        if step % self.recipe.checkpoint.interval == 0 or step == self.stages.total_steps:
+        self.update_seconds = sum(self.times.get(phase, 0.0) for phase in UPDATE_PHASES)
+        if self.engines_lost:
+            raise self.engines_lost
+        new_best = decision.new_best and self.recipe.checkpoint.keep_best
+        due = step % self.recipe.checkpoint.interval == 0
+        if due or new_best or step == self.stages.total_steps:
             self.save()
 
     def _update(self, batch: TrainingBatch, settings: StepSettings) -> list[dict[str, float]]:
@@ -142,22 +194,29 @@ class Trainer:
             batch.reference_logprobs, _ = policy.logprobs(batch, "reference")
         with self._phase("train"):
             records = policy.train(batch, settings)
-        self._count_skipped(records)
+        self.skipped.count(self.step + 1, batch, settings.minibatches, records)
         with self._phase("sync"):
-            self.session.sync_weights(self.step + 1)
+            self._with_engines(self._sync_weights)
         return records
 
-    def _count_skipped(self, records: list[dict[str, float]]) -> None:
-        """Stop a run whose updates are all skipped; the rollout can be read in samples/."""
-        limit = self.recipe.policy.optimizer.max_skipped_updates
-        for record in records:
-            self.skipped_in_a_row = self.skipped_in_a_row + 1 if record["skipped"] else 0
-            if self.skipped_in_a_row >= limit:
-                raise UserError(
-                    f"policy.optimizer.max_skipped_updates: {limit} updates in a row had NaN or "
-                    f"infinite gradients, the last in step {self.step + 1}; lower the learning "
-                    "rate or use fp32, and resume from the last checkpoint"
-                )
+    def _sync_weights(self) -> None:
+        self.session.sync_weights(self.step + 1)
+        every = self.recipe.rollout.verify_weights_every
+        if every and (self.step + 1) % every == 0:
+            started = time.monotonic()
+            tensors = self.session.verify_weights()
+            self.event("weights_verified", tensors=tensors, seconds=time.monotonic() - started)
+
+    def _with_engines(self, work: Callable[[], None]) -> bool:
+        """Work for the engines after the updates. If they fail for good the run ends, but with
+        the step finished: its updates cannot be taken back. Whether the work was done."""
+        if self.engines_lost is None:
+            try:
+                work()
+                return True
+            except FleetError as error:
+                self.engines_lost = error
+        return False
 
     def validate(self) -> None:
         """Mean score on the held-out prompts; the same prompts and seeds every time."""
@@ -165,6 +224,7 @@ class Trainer:
         stage = self.stages.at(max(1, self.step))
         prompts = [(prompt, 0) for prompt in self.session.prompts.validation]
         with self._phase("validate", len(prompts)):
+            self._forget_prefixes()
             groups = self.sampler.sample_all(
                 prompts,
                 Sampling(
@@ -175,95 +235,165 @@ class Trainer:
                 ),
             )
         row = validation_row(groups) | {"step": self.step, "time/validate": self.times["validate"]}
+        best = self.resets.best
+        row["validation/best"] = max(row["validation/mean"], best[1] if best else -1.0)
         self.last_validation, self.validated_step = row, self.step
-        self.view.validation(self.log.metrics(row))
+        self._write(row)
 
-    def _decide_reset(self, row: dict[str, Any], validated: bool) -> None:
+    def _end_stalled_stage(self) -> None:
+        mean = self._validation_mean()
+        stage = self.stages.at(self.step)
+        if mean is not None and self.stages.observe(self.step, mean):
+            self.event("stage_ended", stage=stage.index, planned_last_step=stage.last_step)
+
+    def _decide_reset(self, row: dict[str, Any], validated: bool) -> Decision:
+        stage = self.stages.at(self.step)
+        following = self.rules.opening_reset(self.step)
+        rules = stage.index if following is None else following
+        self.resets.settings = self.reset_rules.settings(rules)
+        self.resets.triggers = self.reset_rules.triggers(rules)
         decision = self.resets.observe(
             self.step,
             kl=row.get("policy/kl"),
             validation=self._validation_mean() if validated else None,
             metrics=row,
+            due=None if following is None else "stage_start",
         )
-        if decision.reset:
-            clear = decision.optimizer == "clear"
-            self.session.policy.reset_reference(clear)
-            self.event(
-                "reference_reset",
-                trigger=decision.trigger,
-                optimizer=decision.optimizer,
-                figures=decision.figures,
-            )
-        else:
+        if not decision.reset:
             self.log.event("reset_decision", self.step, reset=False, figures=decision.figures)
+            return decision
+        source, why = self._reset_reference(decision)
+        self.event(
+            "reference_reset",
+            trigger=decision.trigger,
+            source=source,
+            optimizer=decision.optimizer,
+            figures=decision.figures,
+            **({"best_unusable": why} if why else {}),
+        )
+        return decision
+
+    def _reset_reference(self, decision: Decision) -> tuple[str, str | None]:
+        """The reference from where the decision says, or from the policy if that cannot be read."""
+        policy, why = self.session.policy, None
+        best = decision.figures["best_step"]
+        policy.reset_reference(decision.optimizer == "clear")
+        if decision.source == "current" or best is None:
+            return "current", None
+        self.saver.collect(wait=True)
+        try:
+            self.checkpoints.verify(int(best))
+        except DamagedCheckpoint as reason:
+            why = f"step {int(best)}: {reason}"
+            return "current", why
+        policy.load_reference(self.checkpoints.path(int(best)) / "policy")
+        return "best", None
 
     # ---- state ----------------------------------------------------------------------------
 
-    def save(self) -> None:
+    def save(self, last: bool = False) -> None:
         """A checkpoint of the last finished step, unless it has one."""
-        if self.step in self.checkpoints.steps():
-            return
-        with self._phase("checkpoint"):
-            path = self.checkpoints.save(self.step, self.state_dict(), self.session.policy.save)
-        self.event("checkpoint_saved", path=str(path), seconds=self.times["checkpoint"])
+        self.view.phase("checkpoint", None)
+        best = self.resets.best if self.recipe.checkpoint.keep_best else None
+        self.saver.save(self.step, self.state_dict(), best[0] if best else None, last)
 
     def state_dict(self) -> dict[str, Any]:
+        """All that the rest of the run depends on beside the policy's tensors; JSON-able."""
         return {
             "step": self.step,
+            "recipe": self.recipe.fingerprint,
             "validated_step": self.validated_step,
             "last_validation": self.last_validation,
+            "skipped_in_a_row": self.skipped.in_a_row,
+            "stages": self.stages.state_dict(),
             "resets": self.resets.state_dict(),
+            "collapse": self.collapse.state_dict(),
+            "mismatch": self.mismatch.state_dict(),
             "prompts": self.session.prompts.stream.state_dict(),
+            "sampler": self.sampler.state_dict(),
+            "log": self.log.flushed_sizes(),
         }
 
-    def resume(self, step: int) -> None:
-        """Go on from a checkpoint: trainer, reference, cursor, schedules; engines get the weights.
+    def resume(self) -> bool:
+        """Go on from the newest whole checkpoint; engines get the weights. False without one.
 
         Rows and samples logged after that step are cut: those steps are done again.
         """
+        step, damaged = self.checkpoints.newest_whole()
+        if step is None:
+            return False
         state = self.checkpoints.read_state(step)
+        try:
+            self._load_state(state)
+        except KeyError as error:
+            raise UserError(
+                f"{self.checkpoints.path(step)}: written by another version (no {error}); resume "
+                "with that version, or start a new run with name=NAME"
+            ) from None
         self.session.policy.load(self.checkpoints.path(step) / "policy")
-        self.step, self.validated_step = state["step"], state["validated_step"]
-        self.last_validation = state["last_validation"]
-        self.resets.load_state_dict(state["resets"])
-        self.session.prompts.stream.load_state_dict(state["prompts"])
+        shorter = self.log.shorter_than(state["log"])
         self.log.truncate_after(step)
         self.session.sync_weights(step)
+        for other, reason in damaged.items():
+            self.event("checkpoint_damaged", damaged_step=other, reason=reason)
+        if shorter:
+            self.event("figures_missing", files=shorter)
         self.event("resumed", checkpoint=str(self.checkpoints.path(step)))
+        return True
+
+    def _load_state(self, state: dict[str, Any]) -> None:
+        self.step, self.validated_step = state["step"], state["validated_step"]
+        self.last_validation = state["last_validation"]
+        self.skipped.in_a_row = state["skipped_in_a_row"]
+        self.stages.load_state_dict(state["stages"])
+        self.resets.load_state_dict(state["resets"])
+        self.collapse.load_state_dict(state["collapse"])
+        self.mismatch.load_state_dict(state["mismatch"])
+        self.session.prompts.stream.load_state_dict(state["prompts"])
+        self.sampler.load_state_dict(state["sampler"])
 
     # ---- small things ---------------------------------------------------------------------
 
     def event(self, event: str, **details: Any) -> None:
         self.view.event(self.log.event(event, self.step, **details))
+        if event == "engine_restarted" and self.recipe.rollout.deterministic:
+            # The requests sent again are not computed together with those that have finished.
+            raise RestartNeeded("rollout.deterministic: an engine was replaced in mid-batch")
 
-    def _announce(self, step: int, stage: StageSettings) -> None:
+    def _write(self, row: dict[str, Any]) -> None:
+        written = self.log.metrics(row)
+        self.tracker.log(written)
+        (self.view.step if row["kind"] == "train" else self.view.validation)(written)
+
+    def _history(self) -> PromptHistory | None:
+        settings, stream = self.recipe.rollout.prompt_history, self.session.prompts.stream
+        if settings is None:
+            return None
+        return PromptHistory(stream, self.recipe.seed, settings.in_a_row, settings.draw_share)
+
+    def _forget_prefixes(self) -> None:
+        """In deterministic mode a batch must not depend on what was computed before it."""
+        if self.recipe.rollout.deterministic:
+            self.session.fleet.reset_prefix_cache()
+
+    def _announce(self, step: int) -> None:
         """Events at the first step of a stage and at each switch of the length penalty."""
+        stage = self.stages.at(step)
         if step == stage.first_step:
+            self.collapse.new_stage()
             before = self.stages.stages[stage.index - 1] if stage.index else None
             changes = stage.changes_from(before) if before else {}
             row = {"stage": stage.index, "stage_name": stage.name, "changes": changes}
             self.view.event(self.log.event("stage_started", step, **row))
-        on = self._cosine_on(step)
-        if self.recipe.shaping.cosine and (step == 1 or on != self._cosine_on(step - 1)):
+        self.rules.mix(self.session.prompts.stream, step)
+        on = self.rules.cosine(step) is not None
+        if self.rules.has_cosine and (step == 1 or on != (self.rules.cosine(step - 1) is not None)):
             self.view.event(self.log.event("cosine_penalty", step, on=on))
 
-    def _cosine_on(self, step: int) -> bool:
-        cosine = self.recipe.shaping.cosine
-        return cosine is not None and penalty_on(
-            step, cosine.on_steps, cosine.off_steps, cosine.start_with
-        )
-
-    def _learning_rate(self, step: int, stage: StageSettings) -> float:
-        optimizer = self.recipe.policy.optimizer
-        return learning_rate(
-            step,
-            peak=stage.learning_rate,
-            total_steps=self.stages.total_steps,
-            schedule=optimizer.schedule,
-            warmup_steps=optimizer.warmup_steps,
-            decay_steps=optimizer.decay_steps,
-            floor=optimizer.min_learning_rate,
-        )
+    def _learning_rate(self, step: int) -> float:
+        stage = self.stages.at(step)
+        warmup = self.reset_rules.warmup(stage.index, step, self.resets.last_reset)
+        return self.rules.learning_rate(step) * warmup
 
     def _validation_mean(self) -> float | None:
         return self.last_validation["validation/mean"] if self.last_validation else None
@@ -275,10 +405,11 @@ class Trainer:
         )
         # A step whose updates are done must be finished, or its figures would be lost.
         if not self.updating:
-            self._check_stop()
+            self._check_stop(self.update_seconds)
 
-    def _check_stop(self) -> None:
-        reason = self.should_stop()
+    def _check_stop(self, more_seconds: float) -> None:
+        """Stop if asked to, or if saving would be too late after `more_seconds` of work."""
+        reason = self.should_stop(self.saver.expected_seconds + more_seconds)
         if reason:
             raise StopRequested(reason)
 
@@ -288,17 +419,3 @@ class Trainer:
         started = time.monotonic()
         yield
         self.times[name] = self.times.get(name, 0.0) + time.monotonic() - started
-
-
-def recipe_stages(recipe: Recipe) -> Stages:
-    """The recipe's stages with what they leave out filled in."""
-    everywhere = {
-        "max_response_tokens": recipe.rollout.max_response_tokens,
-        "samples_per_prompt": recipe.rollout.samples_per_prompt,
-        "learning_rate": recipe.policy.optimizer.learning_rate,
-        "temperature": recipe.rollout.temperature,
-        "clip_low": recipe.algorithm.clip_low,
-        "clip_high": recipe.algorithm.clip_high,
-    }
-    assert set(everywhere) == set(SETTINGS)
-    return Stages([stage.model_dump() for stage in recipe.stages], everywhere)

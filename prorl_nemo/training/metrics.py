@@ -30,7 +30,20 @@ EVENTS = "events.jsonl"
 
 # What happened to the process rather than to the policy: stays true, and in the
 # diary, when the steps around it are lost and done again.
-PROCESS_EVENTS = frozenset({"run_started", "resumed", "stopped", "finished", "engine_restarted"})
+PROCESS_EVENTS = frozenset(
+    {
+        "run_started",
+        "resumed",
+        "recipe_changed",
+        "restarted",
+        "stopped",
+        "finished",
+        "engine_restarted",
+        "checkpoint_damaged",
+        "checkpoint_failed",
+        "figures_missing",
+    }
+)
 
 _SAMPLES_NAME = re.compile(r"step_(\d+)\.jsonl")
 
@@ -96,6 +109,16 @@ class RunLog:
                 samples_path(self.run_dir, later).unlink()
         return dropped
 
+    def flushed_sizes(self) -> dict[str, int]:
+        """Bytes of each file, after bringing them to the disk: a checkpoint must not outlive, on a
+        loss of power, the figures of the steps before it."""
+        return {file.path.name: file.flush() for file in (self._metrics, self._events)}
+
+    def shorter_than(self, sizes: Mapping[str, int]) -> list[str]:
+        """Files that have lost what `flushed_sizes` had counted."""
+        found = {file.path.name: file.end for file in (self._metrics, self._events)}
+        return [name for name, size in sizes.items() if found.get(name, 0) < size]
+
     def close(self) -> None:
         self._metrics.close()
         self._events.close()
@@ -149,6 +172,17 @@ class _Appender:
             _replace(self.path, [_encode(row) for row in kept])
             self._open()
         return len(rows) - len(kept)
+
+    @property
+    def end(self) -> int:
+        """Bytes of whole lines."""
+        return self._end
+
+    def flush(self) -> int:
+        """Bring the file to the disk; its size in bytes."""
+        with suppress(OSError):  # A disk that fails here fails the checkpoint too, and says so.
+            os.fsync(self._file.fileno())
+        return self._end
 
     def close(self) -> None:
         self._file.close()

@@ -6,13 +6,18 @@ Precision, context, memory and disk are looked at here, the layout in
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 from pathlib import Path
 
 from prorl_nemo.errors import RecipeError
 from prorl_nemo.megatron.layout import ModelSpec, check_layout, read_model_spec
+from prorl_nemo.megatron.precision import (
+    check_attention,
+    check_fp8,
+    gpu_capability,
+    transformer_engine_installed,
+)
 from prorl_nemo.recipe import Recipe
 from prorl_nemo.training.host_memory import available_bytes
 
@@ -29,22 +34,22 @@ def check_resources(recipe: Recipe, folder: Path) -> ModelSpec:
     """
     spec = read_model_spec(folder)
     check_layout(recipe.policy, spec)
-    _check_precision(recipe)
+    if "RAY_ADDRESS" not in os.environ:  # Of a cluster's machines each rank checks its own.
+        capability = gpu_capability()
+        check_attention(recipe.policy, capability)
+        check_fp8(recipe.policy, spec, transformer_engine_installed(), capability)
+    _check_transfer(recipe)
     _check_context(recipe, spec)
     _check_memory(recipe, spec)
     _check_disk(recipe, spec)
     return spec
 
 
-def _check_precision(recipe: Recipe) -> None:
-    if recipe.policy.fp8 is None:
-        return
-    if importlib.util.find_spec("transformer_engine") is None:
+def _check_transfer(recipe: Recipe) -> None:
+    if recipe.rollout.weight_transfer == "cuda_ipc" and not gpu_present():
         raise RecipeError(
-            "policy.fp8: needs Transformer Engine, which is not installed; remove the key or use "
-            "the GPU container"
+            "rollout.weight_transfer: cuda_ipc needs a GPU, and there is none; use host"
         )
-    raise RecipeError("policy.fp8: this version computes in bf16 or fp32; remove the key")
 
 
 def _check_context(recipe: Recipe, spec: ModelSpec) -> None:
@@ -61,15 +66,18 @@ def required_bytes(recipe: Recipe, spec: ModelSpec) -> int:
     """Host memory of a CPU run: weights, gradients, Adam, reference, engines, processes."""
     weight = _weight_bytes(recipe.policy.precision)
     engine_weight = _weight_bytes(recipe.rollout.precision or recipe.policy.precision)
-    # Per parameter: weight, a copy while the reference is swapped in, the reference, the fp32
-    # gradient, and in the distributed optimizer two fp32 moments (and fp32 weights for bf16).
-    replicated = (3 * weight + 4) * recipe.policy.data_parallel
-    sharded = 8 + (4 if weight == 2 else 0)
+    # Per parameter: weight, reference, the fp32 gradient, and in the distributed optimizer two
+    # moments (and fp32 weights for bf16).
+    replicated = (2 * weight + 4) * recipe.policy.data_parallel
+    moments = 2 * _weight_bytes(recipe.policy.optimizer.moments)
+    sharded = moments + (4 if weight == 2 else 0)
     # An engine holds its weights twice while it loads them, and the last buckets are kept.
     engines = (2 * recipe.rollout.engines + 1) * engine_weight
     cache = (recipe.rollout.kv_cache_mib or _KV_CACHE_MIB) * recipe.rollout.engines << 20
     processes = (recipe.policy.ranks + recipe.rollout.engines + 1) * _PROCESS_BYTES
-    return spec.parameters * (replicated + sharded + engines) + cache + processes
+    # A checkpoint that is written while training goes on: weights, reference, optimizer.
+    copies = (2 * weight + 12) * recipe.policy.data_parallel if recipe.checkpoint.background else 0
+    return spec.parameters * (replicated + sharded + engines + copies) + cache + processes
 
 
 def checkpoint_bytes(recipe: Recipe, spec: ModelSpec) -> int:
@@ -101,8 +109,9 @@ def _check_memory(recipe: Recipe, spec: ModelSpec) -> None:
 def _check_disk(recipe: Recipe, spec: ModelSpec) -> None:
     """A full disk would end the run at a checkpoint, hours from here."""
     written = -(-recipe.total_steps // recipe.checkpoint.interval)
-    # While one is written, those to keep are there still.
-    most = min(written, recipe.checkpoint.keep_last + 1)
+    # While one is written, those to keep are there still; the best may be one of its own.
+    kept = recipe.checkpoint.keep_last + recipe.checkpoint.keep_best
+    most = min(written, kept + 1)
     there = len(list((recipe.run_dir / "checkpoints").glob("step_*")))
     needed = max(0, most - there) * checkpoint_bytes(recipe, spec)
     # os.path, because Path.is_dir raises where a parent may not be read.

@@ -16,12 +16,16 @@ from prorl_nemo.training.batch import TrainingBatch
 
 
 def advantages_of(
-    groups: Sequence[Group], recipe: Recipe, stage: StageSettings, cosine_on: bool
+    groups: Sequence[Group], recipe: Recipe, stage: StageSettings, cosine: CosineLength | None
 ) -> BatchAdvantages:
-    """Shaped rewards and advantages [samples] of a rollout batch, by the recipe's rules."""
+    """Shaped rewards and advantages [samples] of a rollout batch, by the recipe's rules.
+
+    Args:
+        cosine: the length penalty, in steps that have it.
+    """
     samples = [sample for group in groups for sample in group.samples]
     sizes = torch.tensor([len(group.samples) for group in groups])
-    cosine, overlong = recipe.shaping.cosine, recipe.shaping.overlong
+    overlong = recipe.shaping.overlong
     return batch_advantages(
         torch.tensor([score for group in groups for score in group.scores], dtype=torch.float64),
         torch.repeat_interleave(torch.arange(len(groups)), sizes),
@@ -30,18 +34,20 @@ def advantages_of(
         stage.max_response_tokens,
         method=recipe.algorithm.advantage,
         statistics=recipe.algorithm.statistics,
-        truncated_factor=recipe.shaping.truncated_factor,
+        truncated_factor=stage.truncated_factor,
         overlong=Overlong(overlong.buffer_tokens, overlong.weight) if overlong else None,
-        cosine=CosineLength(cosine.weight, cosine.eta_min, cosine.eta_max, cosine.correct_only)
-        if cosine and cosine_on
-        else None,
+        cosine=cosine,
     )
 
 
 def training_batch(
-    groups: Sequence[Group], outcome: BatchAdvantages, temperature: float
+    groups: Sequence[Group], outcome: BatchAdvantages, temperature: float, version: int = 0
 ) -> TrainingBatch:
-    """What the trainer computes on: the groups that kept their variance after shaping."""
+    """What the trainer computes on: the groups that kept their variance after shaping.
+
+    Args:
+        version: of the weights the engines had; samples begun with older ones are `stale`.
+    """
     batch = TrainingBatch([], [], [], [], [], temperature)
     first = 0
     for group in groups:
@@ -56,4 +62,5 @@ def training_batch(
             batch.responses.append(np.asarray(sample.token_ids, dtype=np.int64))
             batch.engine_logprobs.append(np.asarray(sample.engine_logprobs, dtype=np.float32))
             batch.advantages.append(float(outcome.advantages[index]))
+            batch.stale.append(sample.weight_version < version)
     return batch

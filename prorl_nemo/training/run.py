@@ -1,23 +1,37 @@
-"""`prorl train`: start a run, or go on where it stopped; end with its report."""
+"""`prorl train`: start a run, or go on where it stopped; end with its report.
+
+A run outlives its processes: when a trainer rank or the engines are lost, all of them are started
+anew from the last checkpoint, by the same code that resumes a run by hand.
+"""
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
+from typing import Any
 
+from prorl_nemo.cluster.policy_group import PolicyError
+from prorl_nemo.errors import UserError
 from prorl_nemo.model_source import resolve_model
 from prorl_nemo.recipe import Recipe
 from prorl_nemo.reporting import write_report
 from prorl_nemo.training.live_view import LiveView
-from prorl_nemo.training.loop import StopRequested, Trainer
+from prorl_nemo.training.loop import RestartNeeded, Trainer
 from prorl_nemo.training.metrics import METRICS, RunLog, read_rows
 from prorl_nemo.training.preflight import check_resources
+from prorl_nemo.training.reset_rules import ResetRules
 from prorl_nemo.training.run_dir import open_run_dir
 from prorl_nemo.training.run_state import Checkpoints
+from prorl_nemo.training.saving import SaveFailed
 from prorl_nemo.training.session import open_session
+from prorl_nemo.training.stopping import OutOfTime, StopRequested, StopWatch, seconds_left
+from prorl_nemo.training.tracking import Tracker, check_installed
+
+FAULTS = (PolicyError, RestartNeeded)
+"""What a new start of the processes mends. Not `FleetError`: each engine was started anew until
+`rollout.max_engine_restarts`, and the run has been saved."""
 
 
 def train(recipe: Recipe) -> tuple[bool, Path]:
@@ -27,13 +41,16 @@ def train(recipe: Recipe) -> tuple[bool, Path]:
         whether it is finished, and the path of the report.
 
     Raises:
-        UserError: anything about recipe, model, machine or run directory that has to be changed.
+        UserError: anything about recipe, model, machine or run directory that has to be changed;
+            a run that stopped without its last checkpoint, or whose processes keep dying.
     """
     folder = resolve_model(recipe.model)
     check_resources(recipe, folder)
+    check_installed(recipe)
+    ResetRules(recipe)  # Triggers that cannot be imported are refused now.
     checkpoints = Checkpoints(recipe.run_dir / "checkpoints", recipe.checkpoint.keep_last)
-    stop = _StopSignal()
-    finished = True
+    left = seconds_left(recipe.faults.wall_clock_hours, os.environ)
+    stop = StopWatch(recipe.faults.stop_seconds, left)
     view = LiveView(recipe.name, recipe.model, recipe.total_steps)
     with (
         open_run_dir(recipe) as changes,
@@ -41,50 +58,96 @@ def train(recipe: Recipe) -> tuple[bool, Path]:
         view,
         stop.listening(),
     ):
-        steps = checkpoints.steps()
+        tracker = Tracker.of_recipe(recipe, recipe.run_dir)
+        run = _Run(recipe, folder, checkpoints, log, view, stop.should_stop, tracker)
+        try:
+            finished = run.to_the_end(changes)
+        except OutOfTime:
+            log.event("stopped", run.step, reason=f"{stop.reason}, without saving: out of time")
+            raise UserError(
+                f"{stop.reason}: the last step could not be saved within faults.stop_seconds "
+                f"({recipe.faults.stop_seconds:g}); the same command resumes from the checkpoint "
+                "before"
+            ) from None
+        except SaveFailed as error:
+            raise UserError(
+                f"checkpoint: {error}; make room or mend the disk, then the same command resumes "
+                "from the checkpoint before"
+            ) from None
+        finally:
+            checkpoints.close()
+            tracker.close()
+    report = recipe.run_dir / "report.html"
+    try:
+        write_report([recipe.run_dir], report)
+    except OSError as error:
+        print(f"the report could not be written: {error}", file=sys.stderr)
+    return finished, report
 
-        def on_event(event: str, details: dict[str, object]) -> None:
-            step = trainer.step if trainer else (steps[-1] if steps else 0)
-            view.event(log.event(event, step, **details))
 
-        trainer: Trainer | None = None
-        with open_session(recipe, folder, on_event, view.phase) as session:
-            trainer = Trainer(session, log, view, checkpoints, lambda: stop.reason)
-            if steps:
-                view.phase("resume")
-                trainer.resume(steps[-1])
-                view.history(read_rows(recipe.run_dir / METRICS))
+class _Run:
+    """One run over as many starts of its processes as it takes."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        checkpoints: Checkpoints,
+        log: RunLog,
+        view: LiveView,
+        should_stop: Callable[[float], str | None],
+        tracker: Tracker,
+    ) -> None:
+        self.recipe, self.folder, self.checkpoints = recipe, folder, checkpoints
+        self.log, self.view, self.tracker = log, view, tracker
+        self.should_stop = should_stop
+        self.trainer: Trainer | None = None
+
+    @property
+    def step(self) -> int:
+        steps = self.checkpoints.steps()
+        return self.trainer.step if self.trainer else (steps[-1] if steps else 0)
+
+    def to_the_end(self, changes: dict[str, list[Any]]) -> bool:
+        """Whether the run is finished; False if it was asked to stop."""
+        restarts, reached = 0, -1
+        while True:
+            try:
+                return self._once(changes if reached < 0 else {})
+            except FAULTS as fault:
+                step = self.step
+                restarts = 1 if step > reached else restarts + 1
+                reached = max(reached, step)
+                self.checkpoints.wait()
+                if restarts > self.recipe.faults.max_restarts:
+                    raise UserError(
+                        f"faults.max_restarts: {fault}; {restarts - 1} restarts have not brought "
+                        f"the run past step {reached}. The same command resumes from the last "
+                        "checkpoint"
+                    ) from fault
+                self.trainer = None
+                self._event("restarted", {"reason": str(fault), "reached_step": step})
+
+    def _once(self, changes: dict[str, list[Any]]) -> bool:
+        recipe = self.recipe
+        with open_session(recipe, self.folder, self._event, self.view.phase) as session:
+            trainer = Trainer(
+                session, self.log, self.view, self.checkpoints, self.should_stop, self.tracker
+            )
+            self.trainer = trainer
+            self.view.phase("resume")
+            if trainer.resume():
+                self.view.history(read_rows(recipe.run_dir / METRICS))
             else:
-                log.truncate_after(-1)
+                self.log.truncate_after(-1)
                 trainer.event("run_started", recipe=recipe.fingerprint)
             if changes:
                 trainer.event("recipe_changed", changes=changes)
             try:
                 trainer.run()
             except StopRequested:
-                finished = False
-    report = recipe.run_dir / "report.html"
-    write_report([recipe.run_dir], report)
-    return finished, report
+                return False
+            return True
 
-
-class _StopSignal:
-    """Turns Ctrl-C, SIGTERM and SIGUSR1 into a request; a second Ctrl-C ends at once."""
-
-    def __init__(self) -> None:
-        self.reason: str | None = None
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        caught = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-        before = {number: signal.signal(number, self._take) for number in caught}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _take(self, number: int, frame: FrameType | None) -> None:
-        if self.reason and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.reason = signal.Signals(number).name
+    def _event(self, event: str, details: dict[str, Any]) -> None:
+        self.view.event(self.log.event(event, self.step, **details))

@@ -20,6 +20,7 @@ from prorl_nemo.recipe import Recipe, load_recipe
 from prorl_nemo.strict_yaml import dump_yaml
 
 # Settings that may differ on resume: they change where and how fast, not what is computed.
+# (max_skipped_updates, faults and checkpoint decide when a run ends or saves, not its steps.)
 RESUMABLE = (
     "runs_dir",
     "policy.tensor_parallel",
@@ -32,13 +33,33 @@ RESUMABLE = (
     "policy.tokens_per_microbatch",
     "policy.shared_prompts",
     "policy.recompute",
+    "policy.attention",
+    "grading.workers",
+    "grading.sandbox",
+    "grading.allow_unsafe",
     "rollout.engines",
     "rollout.engine_threads",
     "rollout.kv_cache_mib",
     "rollout.gpu_memory_share",
     "rollout.max_rejected_per_kept",
+    "rollout.weight_transfer",
+    "rollout.verify_weights_every",
+    "rollout.engine_hang_seconds",
+    "rollout.max_engine_restarts",
+    "rollout.engine_restart_window",
     "checkpoint.interval",
     "checkpoint.keep_last",
+    "checkpoint.keep_best",
+    "checkpoint.background",
+    "policy.optimizer.max_skipped_updates",
+    "faults.max_restarts",
+    "faults.silent_seconds",
+    "faults.collective_seconds",
+    "faults.stop_seconds",
+    "faults.wall_clock_hours",
+    "tracking.backends",
+    "tracking.project",
+    "tracking.offline",
 )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,7 +19,9 @@ from prorl_nemo.data.chat import load_tokenizer
 from prorl_nemo.data.prompts import RunPrompts, load_prompts
 from prorl_nemo.recipe import Recipe
 from prorl_nemo.rewards.pool import GraderPool
-from prorl_nemo.rollout.engine import EngineSettings
+from prorl_nemo.rewards.sandbox.probe import working_backend
+from prorl_nemo.rollout.complete_weights import EngineError
+from prorl_nemo.rollout.engine_settings import EngineSettings
 from prorl_nemo.rollout.fleet import Fleet
 
 
@@ -34,9 +38,27 @@ class Session:
     version: int = 0
 
     def sync_weights(self, version: int) -> None:
-        """The trainer's weights into every engine."""
-        self.fleet.update_weights(version, self.policy.weights())
+        """The trainer's weights into every engine.
+
+        Raises:
+            PolicyError: a trainer rank was lost; the engines then lack tensors.
+        """
+        try:
+            self.fleet.update_weights(version, self.policy.weights())
+        except EngineError:
+            self.policy.check_alive()
+            raise
         self.version = version
+
+    def verify_weights(self) -> int:
+        """Compare every tensor of every engine with the trainer's; returns how many there are.
+
+        Raises:
+            FleetError: an engine computes with other weights.
+        """
+        expected = self.policy.weight_checksums(self.fleet.settings.dtype)
+        self.fleet.verify_weights(expected)
+        return len(expected)
 
 
 @contextmanager
@@ -58,8 +80,14 @@ def open_session(
         prompts = load_prompts(recipe, load_tokenizer(folder), drop)
         on_phase("graders")
         kinds = sorted({prompt.grading["kind"] for prompt in prompts.validation})
-        # Graders work while the engines do, so they get the cores but never more workers.
-        graders = GraderPool(max(1, (os.cpu_count() or 2) // 2), preload=kinds)
+        if "code" in kinds:
+            on_event("sandbox", {"name": working_backend(recipe.grading.sandbox).name})
+        graders = GraderPool(
+            # Graders work while the engines do, so they get half of the cores.
+            recipe.grading.workers or max(1, (os.cpu_count() or 2) // 2),
+            preload=kinds,
+            sandbox=recipe.grading.sandbox,
+        )
         stack.callback(graders.close)
         on_phase("Ray")
         if not ray.is_initialized():
@@ -70,7 +98,14 @@ def open_session(
         stack.callback(policy.shutdown)
         on_phase("engines")
         settings = EngineSettings.from_recipe(recipe, folder)
-        fleet = Fleet(settings, recipe.rollout.engines, on_event=on_event)
+        fleet = Fleet(
+            settings,
+            recipe.rollout.engines,
+            on_event=on_event,
+            hang_seconds=recipe.rollout.engine_hang_seconds,
+            max_restarts=recipe.rollout.max_engine_restarts,
+            restart_window=recipe.rollout.engine_restart_window,
+        )
         stack.callback(fleet.shutdown)
         yield Session(recipe, folder, policy, fleet, graders, prompts)
 
@@ -82,9 +117,13 @@ def start_ray() -> None:
     os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
     # Ray runs its workers at niceness 15: trainer and engines would wait for everything else.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    handler = signal.getsignal(signal.SIGTERM)
     ray.init(
         address=os.environ.get("RAY_ADDRESS"),
         include_dashboard=False if "RAY_ADDRESS" not in os.environ else None,
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
+    # Ray makes SIGTERM end the process at once: a run that Slurm stops would not be saved.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)

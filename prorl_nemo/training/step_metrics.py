@@ -10,12 +10,17 @@ import numpy as np
 import torch
 
 from prorl_nemo.algorithms.batch_advantages import BatchAdvantages
-from prorl_nemo.algorithms.mismatch import mismatch_by_position, mismatch_metrics
+from prorl_nemo.algorithms.mismatch import (
+    mismatch_by_position,
+    mismatch_growth,
+    mismatch_metrics,
+)
 from prorl_nemo.algorithms.policy_loss import importance_weights
 from prorl_nemo.recipe import Recipe
-from prorl_nemo.rollout.dynamic_sampler import RolloutBatch
+from prorl_nemo.rollout.filling import RolloutBatch
 from prorl_nemo.schedule.stages import StageSettings
 from prorl_nemo.training.batch import TrainingBatch
+from prorl_nemo.training.repetition import is_repetitive
 
 _GROUPS_KEPT_TO_READ = 4
 
@@ -48,9 +53,12 @@ def train_row(
         "rollout/response_tokens_max": max(lengths),
         "rollout/response_limit": stage.max_response_tokens,
         "rollout/truncated_share": statistics.fmean(s.truncated for s in samples),
+        "rollout/repetition_share": statistics.fmean(is_repetitive(s.token_ids) for s in samples),
         "rollout/generated_tokens": rollout.generated_tokens,
         "rollout/wasted_tokens": rollout.wasted_tokens,
         "rollout/trained_tokens": batch.response_tokens,
+        "rollout/stale_share": statistics.fmean(batch.stale or [False]),
+        "rollout/prompts_passed_over": rollout.passed_over,
         "shaping/dropped_groups": outcome.dropped_groups,
     }
     for task, tally in sorted(rollout.tallies.items()):
@@ -90,6 +98,8 @@ def _update_figures(records: list[dict[str, float]]) -> dict[str, float]:
 
 
 def _mismatch_figures(recipe: Recipe, batch: TrainingBatch) -> dict[str, float]:
+    """Out of bounds are tokens of all samples. The rest is about the engine, so it is taken over
+    the samples of the policy itself: one begun by an earlier policy differs for that reason."""
     old = torch.from_numpy(np.concatenate(batch.old_logprobs))
     engine = torch.from_numpy(np.concatenate(batch.engine_logprobs))
     lengths = torch.tensor([len(r) for r in batch.responses])
@@ -98,12 +108,20 @@ def _mismatch_figures(recipe: Recipe, batch: TrainingBatch) -> dict[str, float]:
     weights = importance_weights(
         old, engine, sequence, correction.method, correction.low, correction.high
     )
-    positions = torch.cat([torch.arange(n) for n in lengths.tolist()])
+    share = {"mismatch/out_of_bounds_share": weights.out_of_bounds_share}
+    fresh = ~torch.tensor(batch.stale or [False] * len(lengths))[sequence]
+    if not bool(fresh.any()):
+        return share
+    positions = torch.cat([torch.arange(n) for n in lengths.tolist()])[fresh]
+    old, engine = old[fresh], engine[fresh]
     figures = mismatch_metrics(old, engine, weights)
     by_position = mismatch_by_position(old, engine, positions)
-    return {f"mismatch/{name}": value for name, value in figures.items()} | {
-        f"mismatch/mean_abs/{stretch}": value for stretch, value in by_position.items()
-    }
+    return (
+        {f"mismatch/{name}": value for name, value in figures.items()}
+        | {f"mismatch/mean_abs/{stretch}": value for stretch, value in by_position.items()}
+        | {"mismatch/growth": mismatch_growth(old, engine, positions)}
+        | share
+    )
 
 
 def time_figures(

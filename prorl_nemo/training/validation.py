@@ -1,4 +1,4 @@
-"""Validation figures: mean score over prompts, its standard error, and the mean of each task."""
+"""Validation figures: mean score over prompts, standard errors, domains and tasks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from prorl_nemo.records import Group
+from prorl_nemo.training.repetition import is_repetitive
 
 
 def validation_row(groups: Sequence[Group]) -> dict[str, Any]:
@@ -29,8 +30,17 @@ def validation_row(groups: Sequence[Group]) -> dict[str, Any]:
         "validation/stderr": standard_error(means),
         "validation/samples": len(samples),
         "validation/truncated_share": statistics.fmean(s.truncated for s in samples),
+        "validation/repetition_share": statistics.fmean(
+            is_repetitive(s.token_ids) for s in samples
+        ),
         "validation/response_tokens_mean": statistics.fmean(len(s.token_ids) for s in samples),
     }
+    by_domain: dict[str, list[float]] = {}
+    for group in groups:
+        by_domain.setdefault(group.prompt.domain, []).append(statistics.fmean(group.scores))
+    for domain, scores in sorted(by_domain.items()):
+        row[f"validation/domain/{domain}"] = statistics.fmean(scores)
+        row[f"validation/domain_stderr/{domain}"] = standard_error(scores)
     for task, scores in sorted(by_task.items()):
         row[f"validation/{task}"] = statistics.fmean(scores)
     return row

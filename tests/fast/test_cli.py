@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -202,3 +203,34 @@ def test_as_a_process(recipe: Path) -> None:
     assert lines[0] == f"error {recipe}:"
     assert lines[1].startswith("  name: must match pattern")
     assert len(lines) == 2
+
+
+# --- data and graders -----------------------------------------------------------------------
+
+
+def test_code_without_a_sandbox_only_on_demand(prorl: Run, recipe: Path, tmp_path: Path) -> None:
+    refused(
+        prorl("train", recipe, "grading.sandbox=none"), "grading: sandbox none", "allow_unsafe=true"
+    )
+    settings = load_recipe(recipe, ["grading.sandbox=none", "grading.allow_unsafe=true"])
+    assert settings.grading.sandbox == "none"
+    responses = tmp_path / "responses.jsonl"
+    responses.write_text('{"grading": {"kind": "math", "answer": "7"}, "response": "\\\\boxed{7}"}')
+    refused(prorl("grade", responses, "--sandbox", "none"), "--sandbox", "--allow-unsafe")
+    graded = prorl("grade", responses, "--sandbox", "none", "--allow-unsafe")
+    assert graded.exit_code == 0, graded.output
+
+
+def test_data_build_says_what_it_built(prorl: Run, recipe: Path, tmp_path: Path) -> None:
+    refused(prorl("data", "build", recipe), "data.build", "no such section")
+    rows = [{"problem": f"What is {i} + 1?", "answer": i + 1} for i in range(30)]
+    (tmp_path / "deepscaler.json").write_text(json.dumps(rows))
+    sources = f"data.build.sources=[{{source: deepscaler, path: {tmp_path}}}]"
+    folder = f"data.build.folder={tmp_path / 'built'}"
+    built = prorl("data", "build", recipe, folder, sources)
+    assert built.exit_code == 0, built.output
+    assert "deepscaler" in built.stdout and "nothing is compared" in built.stdout
+    assert json.loads((tmp_path / "built" / "manifest.json").read_text())["tasks"] == {
+        "math": {"deepscaler": {"train": 27, "held_out": 3}}
+    }
+    refused(prorl("data", "build", recipe, folder, "data.build.sources=[]"), "data.build.sources")

@@ -300,6 +300,27 @@ def test_shares_are_exact_at_every_moment() -> None:
     assert stream.drawn_shares == pytest.approx(shares)
 
 
+def test_a_change_of_weights() -> None:
+    stream = _stream()
+    _draw(stream, 13)
+    before = dict(stream.drawn)
+    stream.set_weights([0, 1, 1])
+    counts: Counter[str] = Counter()
+    for n in range(1, 21):
+        counts[stream.draw()[0].task] += 1
+        # Exact from the change on: what was drawn before owes nothing to anyone.
+        assert counts["a"] == 0 and abs(counts["b"] - n / 2) <= 1
+    assert stream.drawn == {task: before[task] + counts[task] for task in before}
+    resumed = _stream()
+    resumed.load_state_dict(json.loads(json.dumps(stream.state_dict())))
+    # The weights in force again, as at the first step after a resume: nothing changes.
+    resumed.set_weights([0, 2, 2])
+    assert _draw(resumed, 30) == _draw(stream, 30)
+    for wrong in ([1, 1], [1, 1, -1], [0, 0, 0]):
+        with pytest.raises(RecipeError, match="weights"):
+            stream.set_weights(wrong)
+
+
 def test_an_epoch_repeats_no_question_and_leaves_none_out() -> None:
     stream = _stream()
     epochs: dict[tuple[str, int], list[str]] = {}
@@ -337,7 +358,7 @@ def test_put_back_comes_first_in_order() -> None:
         stream.put_back([drawn[0], drawn[1]])
     assert stream.draw() == drawn[1]  # The refused call put nothing back.
     stranger = Numbers("z", 1, 1).prompt(0)
-    with pytest.raises(ValueError, match="not of this stream"):
+    with pytest.raises(ValueError, match="not drawn from this stream"):
         stream.put_back([(stranger, 0)])
 
 

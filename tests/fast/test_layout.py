@@ -154,3 +154,21 @@ def test_layouts_that_do(tmp_path: Path) -> None:
 )
 def test_vocabulary_over_ranks(tmp_path: Path, vocab: int, ranks: int, padded: int) -> None:
     assert padded_vocab(spec_of(tmp_path, DISTILL | {"vocab_size": vocab}), ranks) == padded
+
+
+def test_a_layout_has_a_name_and_a_single_rank_beside_it() -> None:
+    policy = Policy.model_validate(
+        {
+            "tensor_parallel": 2,
+            "sequence_parallel": True,
+            "pipeline_parallel": 4,
+            "virtual_pipeline": 3,
+            "context_parallel": 2,
+            "data_parallel": 8,
+            "optimizer": {"learning_rate": 3e-6},
+        }
+    )
+    assert policy.layout == "TP 2, SP, PP 4, VPP 3, CP 2, DP 8"
+    alone = policy.on_one_rank()
+    assert (alone.ranks, alone.layout) == (1, "one rank")
+    assert alone == Policy.model_validate({"optimizer": {"learning_rate": 3e-6}})

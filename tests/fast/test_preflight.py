@@ -104,11 +104,14 @@ def test_a_model_without_config(tmp_path: Path) -> None:
 
 def test_memory_by_hand(tmp_path: Path, model: Path) -> None:
     spec = read_model_spec(model)
-    # bf16, one rank, one engine: 1952 parameters with (3*2 + 4) + (8 + 4) + (2 + 1)*2 = 28 bytes,
-    # 512 MiB of KV cache, three processes of 1 GiB.
-    assert required_bytes(recipe(tmp_path), spec) == 1952 * 28 + GIB // 2 + 3 * GIB
+    # bf16, one rank, one engine: 1952 parameters with (2*2 + 4) + (8 + 4) + (2 + 1)*2 = 26 bytes
+    # and 2*2 + 12 while a checkpoint is written, 512 MiB of KV cache, three processes of 1 GiB.
+    assert required_bytes(recipe(tmp_path), spec) == 1952 * (26 + 16) + GIB // 2 + 3 * GIB
+    # Moments in bf16 save 4 bytes.
+    halved = recipe(tmp_path, policy={"optimizer": {"moments": "bf16"}})
+    assert required_bytes(halved, spec) == required_bytes(recipe(tmp_path), spec) - 1952 * 4
     # fp32 policy on two data-parallel ranks, two bf16 engines with 1 GiB of cache each:
-    # 2*(3*4 + 4) + 8 + (4 + 1)*2 = 50 bytes, five processes.
+    # 2*(2*4 + 4) + 8 + (4 + 1)*2 = 42 bytes, 2*(2*4 + 12) for a checkpoint, five processes.
     large = recipe(
         tmp_path,
         policy={"precision": "fp32", "data_parallel": 2},
@@ -120,7 +123,7 @@ def test_memory_by_hand(tmp_path: Path, model: Path) -> None:
             "max_response_tokens": 32,
         },
     )
-    assert required_bytes(large, spec) == 1952 * 50 + 2 * GIB + 5 * GIB
+    assert required_bytes(large, spec) == 1952 * (42 + 40) + 2 * GIB + 5 * GIB
     # Policy and reference, fp32 main weights and two moments.
     assert checkpoint_bytes(recipe(tmp_path), spec) == 1952 * (2 + 2 + 12)
     assert checkpoint_bytes(large, spec) == 1952 * (4 + 4 + 12)
@@ -136,16 +139,21 @@ def test_too_little_memory(tmp_path: Path, model: Path, monkeypatch: pytest.Monk
 
 
 def test_too_little_disk(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """100 steps, 2 kept. One checkpoint in 50: 2 are written; in 10: a third beside those kept."""
+    """100 steps, the last 2 kept and the best. One checkpoint in 50: 2 are written; in 10: a fourth
+    beside those kept."""
     one = 1952 * 16
     free = SimpleNamespace(free=2 * one)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: free)
     check_resources(recipe(tmp_path), model)
     often = recipe(tmp_path, checkpoint={"interval": 10})
-    with pytest.raises(RecipeError, match=r"checkpoint\.keep_last: .* for 3 checkpoints"):
+    with pytest.raises(RecipeError, match=r"checkpoint\.keep_last: .* for 4 checkpoints"):
         check_resources(often, model)
+    no_best = recipe(tmp_path, checkpoint={"interval": 10, "keep_best": False})
+    with pytest.raises(RecipeError, match="for 3 checkpoints"):
+        check_resources(no_best, model)
     # On resume, what is there already needs no more room.
-    (often.run_dir / "checkpoints" / "step_000010").mkdir(parents=True)
+    for step in (10, 20):
+        (often.run_dir / "checkpoints" / f"step_{step:06d}").mkdir(parents=True)
     check_resources(often, model)
     free.free = one
     with pytest.raises(RecipeError, match="for 2 checkpoints"):

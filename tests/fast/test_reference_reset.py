@@ -332,3 +332,31 @@ def test_refusals() -> None:
     for options in bad:
         with pytest.raises(ValueError, match="reference reset"):
             ResetSettings(**options)
+
+
+def test_a_reset_that_is_due_comes_before_all_triggers_and_the_cooldown() -> None:
+    machine = ReferenceReset(replace(NO_TRIGGER, interval=3, cooldown=50))
+    machine.observe(0, validation=0.3)
+    assert (machine.last_reset, machine.best) == (None, (0, 0.3))
+    decision = machine.observe(1, due="stage_start")
+    assert (decision.reset, decision.trigger) == (True, "stage_start")
+    assert machine.last_reset == 1
+    decision = machine.observe(2, validation=0.5, due="stage_start")  # One step after another.
+    assert decision.trigger == "stage_start"
+    assert machine.best == (2, 0.5)
+    # The interval counts from it, and is not a second reset of the same step.
+    assert [machine.observe(step).trigger for step in (3, 4, 5)] == [None, None, "interval"]
+    assert machine.observe(8, due="stage_start").trigger == "stage_start"
+
+
+def test_nothing_is_due_before_the_first_step() -> None:
+    assert not ReferenceReset(NO_TRIGGER).observe(0, due="stage_start").reset
+
+
+def test_rules_may_change_between_steps() -> None:
+    """A stage has its own: the state goes on, and new rules judge it."""
+    machine = ReferenceReset(NO_TRIGGER)
+    for step in range(1, 5):
+        assert not machine.observe(step).reset
+    machine.settings = replace(NO_TRIGGER, interval=4)
+    assert machine.observe(5).trigger == "interval"

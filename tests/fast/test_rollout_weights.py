@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from prorl_nemo.errors import UserError
-from prorl_nemo.rollout.engine import EngineError, checkpoint_shapes, complete_weights
+from prorl_nemo.rollout.complete_weights import EngineError, checkpoint_shapes, complete_weights
 from prorl_nemo.rollout.seeds import sample_seed
 from prorl_nemo.rollout.weights import pack_buckets, tensor_checksum, weight_checksums
 

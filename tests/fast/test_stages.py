@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import random
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ DEFAULTS: dict[str, Any] = {
     "temperature": 1.2,
     "clip_low": 0.2,
     "clip_high": 0.28,
+    "truncated_factor": 0.0,
 }
 
 
@@ -94,3 +97,70 @@ def test_penalty_without_a_phase() -> None:
     for step, on, off in ((0, 1, 1), (1, 0, 0), (1, -1, 5)):
         with pytest.raises(ValueError, match="penalty cycle"):
             penalty_on(step, on, off)
+
+
+def stalling(scores: list[float], patience: int, steps: int = 20, interval: int = 2) -> Stages:
+    """A stage that may end early, and two after it; validated every `interval` steps."""
+    stages = Stages(
+        [{"steps": steps, "ends_when_stalled": patience}, {"steps": 4}, {"steps": 2}], DEFAULTS
+    )
+    for number, score in enumerate(scores, start=1):
+        if stages.observe(number * interval, score):
+            break
+    return stages
+
+
+def slow_end(scores: list[float], patience: int, steps: int, interval: int) -> int:
+    """The last step of the first stage by its definition: look back at all validations so far."""
+    for number in range(1, len(scores) + 1):
+        best = max(range(number), key=lambda i: (scores[i], -i))
+        if number * interval < steps and number - 1 - best >= patience:
+            return number * interval
+    return steps
+
+
+def test_a_stage_ends_when_its_validation_stalls() -> None:
+    stages = stalling([0.1, 0.3, 0.3, 0.2, 0.25, 0.9], patience=3)
+    # Best after step 4; 6, 8 and 10 are no better (an equal score is no new best).
+    assert [(s.first_step, s.last_step) for s in stages.stages] == [(1, 10), (11, 14), (15, 16)]
+    assert stages.total_steps == 16
+    assert stages.at(11).index == 1
+
+
+def test_stage_ends_against_a_slow_reference() -> None:
+    rng = random.Random(5)
+    for _ in range(300):
+        scores = [rng.randrange(6) / 5 for _ in range(9)]
+        patience, interval = rng.randint(1, 4), rng.randint(1, 2)
+        stages = stalling(scores, patience, steps=9 * interval, interval=interval)
+        assert stages.stages[0].last_step == slow_end(scores, patience, 9 * interval, interval)
+
+
+def test_the_next_stage_begins_with_no_best() -> None:
+    stages = Stages([{"steps": 3}, {"steps": 9, "ends_when_stalled": 1}], DEFAULTS)
+    assert not stages.observe(3, 0.9)  # The last step of a stage: it ends as planned.
+    assert not stages.observe(4, 0.1)
+    assert not stages.observe(5, 0.2)
+    assert stages.observe(6, 0.2)
+
+
+def test_without_the_condition_nothing_ends() -> None:
+    stages = three()
+    assert not any(stages.observe(step, -float(step)) for step in range(1, 7))
+    assert stages.total_steps == 6
+
+
+def test_stages_resume_at_any_step() -> None:
+    rng = random.Random(1)
+    recipe = [{"steps": 8, "ends_when_stalled": 2}] * 4
+    for _ in range(50):
+        whole, broken = Stages(recipe, DEFAULTS), Stages(recipe, DEFAULTS)
+        step = 1
+        while step <= whole.total_steps:
+            saved = json.loads(json.dumps(broken.state_dict()))
+            broken = Stages(recipe, DEFAULTS)
+            broken.load_state_dict(saved)
+            score = rng.random()
+            assert whole.observe(step, score) == broken.observe(step, score)
+            assert whole.stages == broken.stages
+            step += 1

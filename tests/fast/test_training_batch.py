@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,11 @@ import pytest
 import torch
 
 from prorl_nemo.algorithms.batch_advantages import BatchAdvantages
+from prorl_nemo.algorithms.reward_shaping import CosineLength
 from prorl_nemo.megatron.packing_plan import TrainingItem, items_of_group
 from prorl_nemo.recipe import Recipe, parse_recipe
 from prorl_nemo.records import Group, Prompt, Sample
-from prorl_nemo.rollout.dynamic_sampler import RolloutBatch, TaskTally
+from prorl_nemo.rollout.filling import RolloutBatch, TaskTally
 from prorl_nemo.schedule.stages import StageSettings
 from prorl_nemo.training.batch import TrainingBatch
 from prorl_nemo.training.rollout_batch import advantages_of, training_batch
@@ -32,6 +34,8 @@ STAGE = StageSettings(
     temperature=1.2,
     clip_low=0.2,
     clip_high=0.28,
+    ends_when_stalled=None,
+    truncated_factor=0.0,
 )
 
 
@@ -87,14 +91,14 @@ def group(
 def test_advantages_by_hand() -> None:
     """The vector of docs/algorithm.md, through records and recipe."""
     groups = [group(1, [1, 0, 0, 0], [2, 3, 4, 3]), group(2, [1, 1, 1, 0], [1, 2, 2, 5])]
-    outcome = advantages_of(groups, recipe(), STAGE, cosine_on=False)
+    outcome = advantages_of(groups, recipe(), STAGE, cosine=None)
     expected = [2.0520, -0.2052, -0.2052, -0.2052, 0.9234, 0.9234, 0.9234, -1.3338]
     assert outcome.advantages.tolist() == pytest.approx(expected, abs=5e-5)  # As printed there.
     by_response = recipe(algorithm={"statistics": "sequence"})
-    outcome = advantages_of(groups, by_response, STAGE, cosine_on=False)
+    outcome = advantages_of(groups, by_response, STAGE, cosine=None)
     expected = [math.sqrt(3), *[-1 / math.sqrt(3)] * 3, *[1 / math.sqrt(3)] * 3, -math.sqrt(3)]
     assert outcome.advantages.tolist() == pytest.approx(expected, rel=1e-6)
-    outcome = advantages_of(groups, recipe(algorithm={"advantage": "grpo"}), STAGE, False)
+    outcome = advantages_of(groups, recipe(algorithm={"advantage": "grpo"}), STAGE, None)
     # Group of one right in four: mean 1/4, deviation with N - 1 is 1/2.
     expected = [1.5, -0.5, -0.5, -0.5, 0.5, 0.5, 0.5, -1.5]
     assert outcome.advantages.tolist() == pytest.approx(expected, rel=1e-5)  # eps of 1e-6 over 1/2
@@ -102,16 +106,15 @@ def test_advantages_by_hand() -> None:
 
 def test_shaping_follows_the_recipe_and_the_stage() -> None:
     groups = [group(1, [1, 1, 0], [4, 8, 2], cut=(1,))]
-    cosine = recipe(shaping={"cosine": {"weight": 0.1}, "truncated_factor": 0.25})
+    stage = replace(STAGE, truncated_factor=0.25)
     # Half of the stage's limit of 8: eta is 1/2. The truncated one keeps a quarter, without bonus.
-    on = advantages_of(groups, cosine, STAGE, cosine_on=True)
+    on = advantages_of(groups, recipe(), stage, CosineLength(0.1, 0.0, 1.0, True))
     assert on.shaped.tolist() == pytest.approx([1 + 0.1 * 0.5, 0.25, 0.0], rel=1e-12)
-    off = advantages_of(groups, cosine, STAGE, cosine_on=False)
+    off = advantages_of(groups, recipe(), stage, cosine=None)
     assert off.shaped.tolist() == [1.0, 0.25, 0.0]
-    assert advantages_of(groups, recipe(), STAGE, cosine_on=True).shaped.tolist() == [1.0, 0, 0]
     overlong = recipe(shaping={"cosine": None, "overlong": {"buffer_tokens": 4, "weight": 0.4}})
     # 8 of 8 tokens: all of the buffer of 4; 4 and 2 are before it.
-    shaped = advantages_of(groups, overlong, STAGE, cosine_on=False).shaped
+    shaped = advantages_of(groups, overlong, STAGE, cosine=None).shaped
     assert shaped.tolist() == pytest.approx([1.0, -0.4, 0.0], rel=1e-12)
 
 
@@ -121,7 +124,7 @@ def test_a_group_that_shaping_flattened_is_left_out_and_the_rest_renumbered() ->
         group(2, [1, 0], [8, 3], cut=(0,)),  # Its only right answer is cut off: all 0.
         group(3, [0.5, 1], [1, 2]),
     ]
-    outcome = advantages_of(groups, recipe(), STAGE, cosine_on=False)
+    outcome = advantages_of(groups, recipe(), STAGE, cosine=None)
     assert outcome.kept.tolist() == [True, True, False, False, True, True]
     assert outcome.dropped_groups == 1
     batch = training_batch(groups, outcome, temperature=1.2)
@@ -139,7 +142,7 @@ def test_a_group_that_shaping_flattened_is_left_out_and_the_rest_renumbered() ->
 
 def test_a_rollout_may_leave_nothing_to_train_on() -> None:
     groups = [group(1, [1, 0], [8, 3], cut=(0,))]
-    outcome = advantages_of(groups, recipe(), STAGE, cosine_on=False)
+    outcome = advantages_of(groups, recipe(), STAGE, cosine=None)
     batch = training_batch(groups, outcome, 1.0)
     assert (batch.groups, batch.responses, batch.response_tokens) == ([], [], 0)
     row = train_row(recipe(), 4, STAGE, rollout(groups), outcome, batch, [])
@@ -152,7 +155,7 @@ def test_ungraded_samples_are_a_bug() -> None:
     unfinished = group(1, [1, 0], [2, 2])
     unfinished.samples[1].score = None
     with pytest.raises(ValueError, match="no score yet"):
-        advantages_of([unfinished], recipe(), STAGE, cosine_on=False)
+        advantages_of([unfinished], recipe(), STAGE, cosine=None)
 
 
 # ---- items and minibatches
@@ -219,7 +222,8 @@ def test_row_of_a_step_by_hand() -> None:
         "chain_sum": TaskTally("logic", kept=1, rejected=0, score_sum=1.5, samples=2),
     }
     happened = rollout(groups, rejected=1, tallies=tallies, generated_tokens=40, wasted_tokens=6)
-    outcome = advantages_of(groups, recipe(), STAGE, cosine_on=False)
+    happened.passed_over = 3
+    outcome = advantages_of(groups, recipe(), STAGE, cosine=None)
     batch = training_batch(groups, outcome, STAGE.temperature)
     # d = old - engine is log 2 for one token of 14, 0 for the others.
     batch.old_logprobs = [p.copy() for p in batch.engine_logprobs]
@@ -274,9 +278,12 @@ def test_row_of_a_step_by_hand() -> None:
         "rollout/response_tokens_max": 8,
         "rollout/response_limit": 8,
         "rollout/truncated_share": 0.25,
+        "rollout/repetition_share": 0.0,
         "rollout/generated_tokens": 40,
         "rollout/wasted_tokens": 6,
         "rollout/trained_tokens": 14,
+        "rollout/stale_share": 0.0,
+        "rollout/prompts_passed_over": 3,
         "shaping/dropped_groups": 0,
         # Means over the 14 tokens of the two updates that were made.
         "policy/skipped_updates": 1.0,
@@ -293,6 +300,8 @@ def test_row_of_a_step_by_hand() -> None:
         "mismatch/gen_kl": (2 - 1 - math.log(2)) / 14,
         "mismatch/out_of_bounds_share": 0.0,
         "mismatch/mean_abs/0-127": math.log(2) / 14,
+        # First quarter: the four tokens at position 0. Last: positions 4 to 7, counted as 1e-6.
+        "mismatch/growth": 1e-6 / (math.log(2) / 4),
     }
     assert set(row) == set(expected)
     for key, value in expected.items():
@@ -300,9 +309,32 @@ def test_row_of_a_step_by_hand() -> None:
         assert row[key] == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value)
 
 
+def test_samples_of_an_earlier_policy_are_counted_and_left_out_of_the_mismatch() -> None:
+    groups = [group(1, [1, 0], [2, 3]), group(2, [0, 1], [8, 1])]
+    groups[0].samples[1].weight_version = 6
+    for sample in (*groups[1].samples, groups[0].samples[0]):
+        sample.weight_version = 7
+    outcome = advantages_of(groups, recipe(), STAGE, cosine=None)
+    batch = training_batch(groups, outcome, STAGE.temperature, version=7)
+    assert batch.stale == [False, True, False, False]
+    batch.old_logprobs = [p.copy() for p in batch.engine_logprobs]
+    # The policy has moved by more than the importance window at the old sample's three tokens.
+    batch.old_logprobs[1] += 3.0
+    batch.old_logprobs[0][0] += 0.5
+    record = {"tokens": 14.0, "loss_sum": math.nan, "grad_norm": math.inf, "skipped": 1.0}
+    row = train_row(recipe(), 5, STAGE, rollout(groups), outcome, batch, [record])
+    assert row["rollout/stale_share"] == 0.25
+    # float32 log-probabilities.
+    assert row["mismatch/mean_abs"] == pytest.approx(0.5 / 11, rel=1e-6)
+    assert row["mismatch/out_of_bounds_share"] == pytest.approx(3 / 14)
+    batch.stale = [True] * 4
+    row = train_row(recipe(), 5, STAGE, rollout(groups), outcome, batch, [record])
+    assert [key for key in row if key.startswith("mismatch/")] == ["mismatch/out_of_bounds_share"]
+
+
 def test_all_updates_skipped() -> None:
     groups = [group(1, [1, 0], [2, 3])]
-    outcome = advantages_of(groups, recipe(), STAGE, cosine_on=False)
+    outcome = advantages_of(groups, recipe(), STAGE, cosine=None)
     batch = training_batch(groups, outcome, 1.0)
     batch.old_logprobs = batch.engine_logprobs
     record = {"tokens": 5.0, "loss_sum": math.nan, "grad_norm": math.inf, "skipped": 1.0}
@@ -332,7 +364,7 @@ def test_times_and_speeds_by_hand() -> None:
 
 def test_samples_kept_to_read_are_those_of_the_first_groups() -> None:
     groups = [group(i + 1, [1, 0], [2, 3]) for i in range(6)]
-    outcome = advantages_of(groups, recipe(), STAGE, cosine_on=False)
+    outcome = advantages_of(groups, recipe(), STAGE, cosine=None)
     rows = list(sample_rows(9, rollout(groups), outcome))
     assert [row["prompt_id"] for row in rows[::2]] == [
         f"reasoning_gym/coin_flip/{i}" for i in (1, 2, 3, 4)
@@ -370,7 +402,10 @@ def test_validation_by_hand() -> None:
         "validation/stderr": pytest.approx(0.25 / math.sqrt(3), rel=1e-12),
         "validation/samples": 12,
         "validation/truncated_share": 1 / 12,
+        "validation/repetition_share": 0.0,
         "validation/response_tokens_mean": 38 / 12,
+        "validation/domain/logic": 0.5,
+        "validation/domain_stderr/logic": pytest.approx(0.25 / math.sqrt(3), rel=1e-12),
         "validation/coin_flip": 0.375,
         "validation/chain_sum": 0.75,
     }

@@ -40,6 +40,15 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_key_value_heads": 4,
         "head_dim": 8,
     },
+    # Three key/value heads: two ranks add a fourth.
+    "llama-3kv": {
+        "hidden_size": 36,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "head_dim": 8,
+    },
     "qwen2": {
         "hidden_size": 48,
         "intermediate_size": 72,
@@ -58,6 +67,7 @@ SHAPES: dict[str, dict[str, int]] = {
 }
 CLASSES = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    "llama-3kv": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
 }

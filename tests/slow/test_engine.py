@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from prorl_nemo.errors import UserError
 from prorl_nemo.records import Prompt
 from prorl_nemo.rewards.verdict import Verdict
 from prorl_nemo.rollout.dynamic_sampler import DynamicSampler
-from prorl_nemo.rollout.engine import EngineBusyError, EngineError, EngineSettings
+from prorl_nemo.rollout.engine import EngineBusyError
+from prorl_nemo.rollout.engine_settings import EngineSettings
 from prorl_nemo.rollout.fleet import Fleet, FleetError
-from prorl_nemo.rollout.group_collector import Sampling
+from prorl_nemo.rollout.group_collector import GroupCollector, Sampling
 from prorl_nemo.rollout.protocol import GenerationRequest, GenerationResult
 from prorl_nemo.rollout.weights import WeightBucket, pack_buckets, weight_checksums
 from prorl_nemo.tiny_model import tiny_model
@@ -31,9 +33,11 @@ PROMPTS = [[11, 42, 300, 7], [5] * 70 + [9], [400, 401, 402]]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
+def starting() -> Iterator[ThreadPoolExecutor]:
+    """Ray, and two threads that start engines while the tests use those that have started."""
     start_ray()
-    yield
+    with ThreadPoolExecutor(2) as pool:
+        yield pool
     ray.shutdown()
 
 
@@ -104,13 +108,32 @@ CASES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def families(
+    starting: ThreadPoolExecutor, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Future[Fleet]]:
+    """A fleet for each case, and one of a model that vLLM cannot run."""
+    folder = tmp_path_factory.mktemp("families")
+    started = {}
+    for family, tied, dtype, _ in CASES:
+        model = tiny_model(family, folder / family, tied=tied, dtype=dtype)
+        started[family] = starting.submit(Fleet, settings(model, dtype), 1, max_restarts=0)
+    short = tiny_model("llama", folder / "short", max_positions=MODEL_LEN // 2)
+    started["short"] = starting.submit(Fleet, settings(short), 1)
+    return started
+
+
 @pytest.mark.parametrize(("family", "tied", "dtype", "tolerance"), CASES)
 def test_weights_and_logprobs_agree_with_transformers(
-    tmp_path: Path, family: Any, tied: bool, dtype: Any, tolerance: float
+    families: dict[str, Future[Fleet]],
+    family: Any,
+    tied: bool,
+    dtype: Any,
+    tolerance: float,
 ) -> None:
-    folder = tiny_model(family, tmp_path / "model", tied=tied, dtype=dtype)
+    fleet = families[family].result()
+    folder = fleet.settings.model
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    fleet = Fleet(settings(folder, dtype), 1, max_restarts=0)
     try:
         fleet.verify_weights(weight_checksums(model.state_dict().items(), getattr(torch, dtype)))
         for version in (1, 2):
@@ -118,7 +141,7 @@ def test_weights_and_logprobs_agree_with_transformers(
             model.to(getattr(torch, dtype)).float()
             fleet.verify_weights(send(fleet, model, version))
             # The version of each sample is that of the weights that made it.
-            for temperature, top_p in ((1.2, 1.0), (0.6, 1.0), (0.6, 0.95)):
+            for temperature, top_p in ((1.2, 1.0), (1.0, 1.0), (0.6, 1.0), (0.6, 0.95)):
                 results = generate(
                     fleet,
                     [
@@ -145,13 +168,18 @@ def test_weights_and_logprobs_agree_with_transformers(
             assert (torch.tensor(score).double() - expected).abs().max() < tolerance
         # An update that fails half-way: the engine does not generate with what it has now.
         some = [(n, p) for n, p in model.named_parameters() if "layers.1.mlp.up" not in n]
-        with pytest.raises(EngineError, match=r"never arrived: model.layers.1.mlp.up_proj.weight"):
+        with pytest.raises(FleetError, match=r"never arrived: model.layers.1.mlp.up_proj.weight"):
             fleet.update_weights(3, pack_buckets(some, getattr(torch, dtype)))
         fleet.submit([request("after")])
         with pytest.raises(FleetError, match="failed"):
             collect(fleet, 1)
     finally:
         fleet.shutdown()
+
+
+def test_a_model_vllm_cannot_run_is_a_user_error(families: dict[str, Future[Fleet]]) -> None:
+    with pytest.raises(UserError, match=f"{MODEL_LEN // 2}"):
+        families["short"].result()
 
 
 @pytest.fixture(scope="module")
@@ -253,34 +281,33 @@ def test_weights_do_not_change_under_running_requests(fleet: Fleet, model: PreTr
     assert [state.weight_version for state in fleet.states()] == [1, 1]
 
 
-def kill_first(fleet: Fleet, how: signal.Signals) -> None:
-    os.kill(fleet.states()[0].pid, how)
+def pids(fleet: Fleet) -> list[int]:
+    return [state.pid for state in fleet.states()]
 
 
-def last_restart(events: list[Any]) -> tuple[str, int]:
-    name, details = events[-1]
-    assert (name, details["engine"]) == ("engine_restarted", 0)
-    return details["reason"], details["resubmitted"]
+def restarts(events: list[Any], before: int) -> dict[int, tuple[str, int]]:
+    """Engine -> (reason, requests sent again) of the events since."""
+    assert {name for name, _ in events[before:]} == {"engine_restarted"}
+    found = {d["engine"]: (d["reason"], d["resubmitted"]) for _, d in events[before:]}
+    assert len(found) == len(events) - before
+    return found
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_an_engine_lost_during_generation_loses_no_sample(
-    fleet: Fleet,
-    model: PreTrainedModel,
-    events: list[Any],
-    undisturbed: dict[str, Any],
-    how: signal.Signals,
+def test_engines_killed_and_hung_during_generation_lose_no_sample(
+    fleet: Fleet, model: PreTrainedModel, events: list[Any], undisturbed: dict[str, Any]
 ) -> None:
     before = len(events)
+    killed, hung = pids(fleet)
     fleet.submit(long_requests("kill"))
     first = fleet.poll(1.0)
-    kill_first(fleet, how)
+    os.kill(killed, signal.SIGKILL)
+    os.kill(hung, signal.SIGSTOP)
     results = collect(fleet, 24 - len(first)) | {r.request_id: r for r in first}
     assert content(results, "kill") == undisturbed
-    assert len(events) == before + 1
-    reason, resubmitted = last_restart(events)
-    assert reason.startswith({signal.SIGKILL: "died", signal.SIGSTOP: "made no step"}[how])
-    assert resubmitted > 0
+    found = restarts(events, before)
+    assert found[0][0] == "died"
+    assert found[1][0].startswith("made no step for 1")
+    assert all(resubmitted > 0 for _, resubmitted in found.values())
     fleet.verify_weights(weight_checksums(model.state_dict().items(), torch.float32))
 
 
@@ -325,43 +352,71 @@ def test_the_sampler_repeats_itself_on_real_engines(fleet: Fleet) -> None:
         assert all(len(s.engine_logprobs) == len(s.token_ids) for s in group.samples)
 
 
-def test_an_engine_lost_during_an_update_gets_it_all(
+def test_responses_are_interrupted_and_continued(fleet: Fleet, model: PreTrainedModel) -> None:
+    """Whole in the end, and each log-prob that of its own token."""
+    stream = Stream()
+    prompts = [drawn for drawn in (stream.draw() for _ in range(8)) if drawn[0].prompt_id != "2"]
+    sampling = Sampling(6, 1.2, 180)
+    collector = GroupCollector(fleet, CoinGrader(), 3)
+    before = sum(state.steps for state in fleet.states())
+    groups = collector.launch(prompts, sampling)
+    while sum(state.steps for state in fleet.states()) < before + 60:
+        time.sleep(0.02)
+    collector.suspend(groups)
+    assert fleet.poll(0.6) == []
+    carried = {(g.prompt.prompt_id, g.epoch): list(g.samples) for g in groups}
+    continued = collector.launch(prompts, sampling, carried)
+    while not all(group.complete for group in continued):
+        collector.advance()
+    tokenizer = AutoTokenizer.from_pretrained(fleet.settings.model)
+    interrupted = 0
+    for was, group in zip(groups, continued, strict=True):
+        assert [s.index for s in group.group().samples] == list(range(6))
+        assert group.brought + group.tokens == sum(len(s.token_ids) for s in group.samples)
+        samples = {s.index: s for s in group.samples}
+        for begun in was.samples:
+            sample, done = samples[begun.index], len(begun.token_ids)
+            assert sample.token_ids[:done] == begun.token_ids
+            assert len(sample.engine_logprobs) == len(sample.token_ids) <= 180
+            if begun.finish_reason == "interrupted":
+                expected = reference_logprobs(
+                    model, group.prompt.token_ids, sample.token_ids, 1.2, 1.0
+                )
+                error = (torch.tensor(sample.engine_logprobs).double() - expected).abs().max()
+                assert error < 1e-4  # As in CASES.
+                whole = tokenizer.decode(sample.token_ids, skip_special_tokens=True)
+                assert sample.text == whole
+                interrupted += 0 < done < len(sample.token_ids)
+    # Two engines have made 60 steps together: none of 180 tokens is done, nearly all have begun.
+    assert interrupted > 20
+
+
+def test_engines_lost_while_idle_and_during_an_update_get_it_all(
     fleet: Fleet, model: PreTrainedModel, events: list[Any]
 ) -> None:
     randomise(model, 2)
     before = len(events)
-    pid = fleet.states()[0].pid
+    first, second = pids(fleet)
+    os.kill(second, signal.SIGKILL)
 
     def interrupted() -> Iterator[WeightBucket]:
         for index, bucket in enumerate(pack_buckets(model.named_parameters(), None, 60_000)):
             if index == 3:
-                os.kill(pid, signal.SIGKILL)
+                os.kill(first, signal.SIGKILL)
             yield bucket
 
     fleet.update_weights(2, interrupted())
     fleet.verify_weights(weight_checksums(model.state_dict().items(), torch.float32))
     assert [state.weight_version for state in fleet.states()] == [2, 2]
-    assert len(events) == before + 1
-    assert last_restart(events)[0] == "died"
-
-
-def test_an_engine_lost_while_idle_is_replaced_when_needed(fleet: Fleet, events: list[Any]) -> None:
-    kill_first(fleet, signal.SIGKILL)
-    before = len(events)
-    results = generate(fleet, long_requests("idle"))
+    assert restarts(events, before) == {0: ("died", 0), 1: ("died", 0)}
+    results = generate(fleet, long_requests("after"))
     assert {r.weight_version for r in results.values()} == {2}
-    assert len(events) == before + 1
 
 
 def test_too_many_losses_end_the_run(fleet: Fleet) -> None:
     # Four restarts were granted within the hour, and the four above used them.
+    pid = pids(fleet)[0]
     fleet.submit(long_requests("last"))
-    kill_first(fleet, signal.SIGKILL)
+    os.kill(pid, signal.SIGKILL)
     with pytest.raises(FleetError, match="5 engine failures within 3600 seconds"):
         collect(fleet, 24)
-
-
-def test_a_model_vllm_cannot_run_is_a_user_error(tmp_path: Path) -> None:
-    folder = tiny_model("llama", tmp_path / "model", max_positions=128)
-    with pytest.raises(UserError, match="128"):
-        Fleet(settings(folder), 1)

@@ -24,6 +24,10 @@ const PANELS = {
       series: [
         { key: "rollout/truncated_share", label: "training" },
         { key: "validation/truncated_share", label: "validation", source: "validation", dots: true, colour: 2 }] },
+    { title: "Repetitive responses", unit: "%", help: "Share of responses that mostly repeat what they have said.",
+      series: [
+        { key: "rollout/repetition_share", label: "training" },
+        { key: "validation/repetition_share", label: "validation", source: "validation", dots: true, colour: 2 }] },
   ],
   "Policy": [
     { title: "KL to the reference", help: "Mean per token; starts again from zero after a reset.",
@@ -61,7 +65,8 @@ const PANELS = {
 };
 const HERO = { title: "Validation", size: "tall", help: "Mean score; the band is two standard errors each side.",
   series: [{ key: "validation/mean", label: "mean score ± standard error", source: "validation", dots: true, error: "validation/stderr" }] };
-const NOT_A_TASK = new Set(["mean", "stderr", "samples", "truncated_share", "response_tokens_mean"]);
+const NOT_A_TASK = new Set(["mean", "stderr", "samples", "truncated_share", "response_tokens_mean",
+  "best", "repetition_share"]);
 const NOT_A_CURVE = new Set(["step", "time", "stage", "time/step", "shaping/cosine_on"]);
 const FIRST_TASKS = 12;
 const ROUTINE = new Set(["checkpoint_saved", "reset_decision"]); // events too many to read
@@ -231,12 +236,22 @@ function toolbar() {
 
 // -- panels by task, and whatever else was recorded
 
+/** Of runs with several domains: of one alone the mean over all prompts says the same. */
+function domainPanels() {
+  const prefix = "validation/domain/";
+  const keys = new Set(data.runs.flatMap((run) => Object.keys(run.validation)).filter((key) => key.startsWith(prefix)));
+  if (keys.size < 2) return [];
+  return [...keys].sort().map((key) => ({ title: key.slice(prefix.length), size: "small", series: [
+    { key, label: "mean score ± standard error", source: "validation", dots: true,
+      error: key.replace("/domain/", "/domain_stderr/") }] }));
+}
+
 function taskPanels() {
   const tasks = new Set();
   for (const run of data.runs) {
     for (const key of Object.keys(run.validation)) {
       const name = key.replace(/^validation\//, "");
-      if (name !== key && !NOT_A_TASK.has(name)) tasks.add(name);
+      if (name !== key && !name.includes("/") && !NOT_A_TASK.has(name)) tasks.add(name);
     }
     for (const key of Object.keys(run.train)) if (key.startsWith("reward/raw/")) tasks.add(key.slice(11));
   }
@@ -260,6 +275,8 @@ function columnsFor(count) {
 
 function curves() {
   if (has(HERO)) section("", html("div", { class: "grid" }, addChart(HERO)));
+  const domains = domainPanels();
+  if (domains.length) section("Domains", html("div", { class: `grid of${columnsFor(domains.length)}` }, ...domains.map(addChart)));
   const tasks = taskPanels();
   if (tasks.length) {
     const first = tasks.slice(0, FIRST_TASKS);

@@ -124,5 +124,5 @@ def working_backend(choice: str | None = None) -> Backend:
         "no sandbox holds on this machine, so model-written code cannot be run:\n  "
         + "\n  ".join(failures)
         + "\ninstall bubblewrap where user namespaces are allowed, or use a kernel with Landlock; "
-        "`none` runs without isolation, at your own risk"
+        "grading.sandbox=none with grading.allow_unsafe=true runs unprotected, at your own risk"
     )

@@ -1,0 +1,111 @@
+"""How to run one engine, and what vLLM is told. What it needs on CPU, and why, is said here."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prorl_nemo.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How to run one engine.
+
+    Attributes:
+        model: folder of a Hugging Face model.
+        dtype: `bfloat16` or `float32`.
+        max_model_len: prompt and response together, tokens.
+        max_sequences: requests computed at once; more wait their turn.
+        kv_cache_bytes: size of the KV cache; None on a GPU: what `gpu_memory_share` leaves.
+        gpu_memory_share: share of the GPU's memory for weights and cache.
+        fp32_head: multiply by the output head in fp32, as the trainer does.
+        threads: CPU threads; None: all cores.
+        sleep: allow `VllmEngine.sleep` (GPU).
+    """
+
+    model: str
+    dtype: str
+    max_model_len: int
+    max_sequences: int = 256
+    kv_cache_bytes: int | None = None
+    gpu_memory_share: float = 0.5
+    fp32_head: bool = True
+    threads: int | None = None
+    sleep: bool = False
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, model: Path) -> EngineSettings:
+        """Settings that serve every stage of a recipe."""
+        rollout = recipe.rollout
+        limits = [s.max_response_tokens or rollout.max_response_tokens for s in recipe.stages]
+        cores = os.cpu_count() or 1
+        cache = rollout.kv_cache_mib or (None if torch.cuda.is_available() else 512)
+        return cls(
+            model=str(model),
+            dtype={"bf16": "bfloat16", "fp32": "float32"}[
+                rollout.precision or recipe.policy.precision
+            ],
+            max_model_len=recipe.data.max_prompt_tokens + max(limits),
+            kv_cache_bytes=cache and cache << 20,
+            gpu_memory_share=rollout.gpu_memory_share,
+            fp32_head=rollout.fp32_head,
+            threads=rollout.engine_threads or max(1, cores // rollout.engines),
+            sleep=torch.cuda.is_available(),
+        )
+
+    def environment(self) -> dict[str, str]:
+        """Environment variables that must be set before torch and vLLM are imported."""
+        variables = {
+            # The engine in this process: weights are handed over as tensors, not files.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            # Each weight update warns of layers without weights (rotary tables); errors remain.
+            "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            # Idle OpenMP threads sleep: trainer and graders use the same cores in turn.
+            "OMP_WAIT_POLICY": "PASSIVE",
+        }
+        if self.threads:
+            variables["OMP_NUM_THREADS"] = str(self.threads)
+        return variables
+
+
+def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
+    """Arguments of vLLM's `EngineArgs` or `LLM`. Imports vLLM."""
+    arguments: dict[str, Any] = {
+        "model": settings.model,
+        "dtype": settings.dtype,
+        "max_model_len": settings.max_model_len,
+        "max_num_seqs": settings.max_sequences,
+        "kv_cache_memory_bytes": settings.kv_cache_bytes,
+        # Log-probabilities of the sampling distribution, not those at temperature 1: the
+        # importance weight of the policy loss is wrong with any other.
+        "logprobs_mode": "processed_logprobs",
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+        "hf_overrides": {"head_dtype": "float32"} if settings.fp32_head else {},
+        "seed": 0,
+    }
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return arguments | {
+            "gpu_memory_utilization": settings.gpu_memory_share,
+            "enable_sleep_mode": settings.sleep,
+        }
+    return arguments | {
+        "enforce_eager": True,
+        # A prefill cut in chunks rewinds the request's random stream, which a CPU generator
+        # cannot do; without chunks the longest sequence must fit one batch.
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(settings.max_model_len, 4096),
+        # Blocks are shared whole; the default of 128 tokens would share no short prompt.
+        "block_size": 32,
+    }

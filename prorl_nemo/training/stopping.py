@@ -1,0 +1,90 @@
+"""When a run has to end before its last step: a signal, or the end of its time.
+
+Slurm sends SIGTERM (or SIGUSR1, with --signal) some time before it kills. The run then saves its
+last finished step. If that cannot be done in time it ends without, at the checkpoint before, and
+says so: a process that is killed says nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+
+LAST_MOMENTS = 0.1
+"""Share of the time to stop in that is left for ending the processes."""
+
+
+class StopRequested(Exception):
+    """The user, the scheduler or the clock wants the run to save and end."""
+
+
+class OutOfTime(BaseException):
+    """The time to stop in is over. Not an Exception: nothing on the way may take it for a fault."""
+
+
+class StopWatch:
+    """Reasons to stop. A second Ctrl-C ends the run at once, without saving.
+
+    Args:
+        stop_seconds: after SIGTERM or SIGUSR1 `OutOfTime` is raised shortly before this time is
+            over, and the process ends when it is. Ctrl-C has no such limit: somebody is waiting.
+        seconds_left: of the run's wall-clock time; None: no limit.
+    """
+
+    def __init__(self, stop_seconds: float, seconds_left: float | None = None) -> None:
+        self.stop_seconds = stop_seconds
+        self.reason: str | None = None
+        # Of the monotonic clock: that of the wall may be set while the run goes on.
+        self._deadline = None if seconds_left is None else time.monotonic() + seconds_left
+        self._out_of_time = False
+
+    def should_stop(self, save_seconds: float) -> str | None:
+        """A reason to stop now, given how long saving takes; or None."""
+        if self.reason is None and self._deadline is not None:
+            left = self._deadline - time.monotonic()
+            if left < save_seconds:
+                self.reason = f"wall clock: {max(0.0, left):.0f} s left, a save takes as long"
+        return self.reason
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take SIGINT, SIGTERM and SIGUSR1 as requests. Only in the main thread."""
+        caught = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        before = {number: signal.signal(number, self._take) for number in caught}
+        before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._alarm)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self.reason:
+                raise KeyboardInterrupt
+        elif not self.reason:
+            last = LAST_MOMENTS * self.stop_seconds
+            signal.setitimer(signal.ITIMER_REAL, self.stop_seconds - last, last)
+        self.reason = self.reason or signal.Signals(number).name
+
+    def _alarm(self, number: int, frame: FrameType | None) -> None:
+        if self._out_of_time:
+            print(f"ended {self.stop_seconds:.0f} s after {self.reason}", file=sys.stderr)
+            sys.stderr.flush()
+            os._exit(3)
+        self._out_of_time = True
+        raise OutOfTime(self.reason)
+
+
+def seconds_left(hours: float | None, environment: Mapping[str, str]) -> float | None:
+    """Of the run's wall-clock time: the recipe's hours, or to the end of the Slurm job."""
+    if hours is not None:
+        return hours * 3600
+    end = environment.get("SLURM_JOB_END_TIME", "")
+    return float(end) - time.time() if end.isdigit() else None

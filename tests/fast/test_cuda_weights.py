@@ -1,0 +1,40 @@
+"""The layout of a bucket in GPU memory, on tensors of the CPU."""
+
+from __future__ import annotations
+
+import torch
+
+from prorl_nemo.rollout.cuda_weights import ALIGNMENT, _portions, lay_out, views
+
+
+def test_what_is_laid_out_comes_back() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = [
+        ("matrix", torch.randn(7, 3, generator=generator).bfloat16()),
+        ("norm", torch.randn(5, generator=generator)),
+        ("scalar", torch.tensor(2.5)),
+        ("view", torch.randn(4, 6, generator=generator).t()[1:3]),
+    ]
+    buffer, entries = lay_out(tensors)
+    found = dict(views(buffer, entries))
+    assert list(found) == [name for name, _ in tensors]
+    for name, tensor in tensors:
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+    # By hand: 42 bytes, 20 bytes and 4 bytes, each at the next multiple of 256; then 2 x 4 floats.
+    assert [start for *_, start in entries] == [0, ALIGNMENT, 2 * ALIGNMENT, 3 * ALIGNMENT]
+    assert buffer.nbytes == 3 * ALIGNMENT + 32
+
+
+def test_views_share_the_buffer() -> None:
+    buffer, entries = lay_out([("a", torch.zeros(3)), ("b", torch.ones(2))])
+    buffer.zero_()
+    assert torch.equal(dict(views(buffer, entries))["b"], torch.zeros(2))
+
+
+def test_portions_keep_order_and_size() -> None:
+    tensors = [(str(i), torch.zeros(n)) for i, n in enumerate([10, 10, 30, 1, 1])]
+    # In bfloat16: 20, 20, 60, 2 and 2 bytes; at most 44, but one alone may be larger.
+    found = list(_portions(tensors, torch.bfloat16, 44))
+    assert [[name for name, _ in portion] for portion in found] == [["0", "1"], ["2"], ["3", "4"]]
+    assert {tensor.dtype for portion in found for _, tensor in portion} == {torch.bfloat16}
