@@ -17,15 +17,12 @@ Row = dict[str, Any]
 
 
 def mathematics(rng: random.Random) -> Iterator[Row]:
-    """One-digit sums and differences, with a solved one before each."""
+    """One-digit sums with their result: what can be learned in a few steps is to box it."""
     for a in range(1, 10):
         for b in range(1, 10):
-            c, d = rng.randint(1, 9), rng.randint(1, 9)
-            shown = f"What is {c} + {d}? \\boxed{{{c + d}}}"
-            yield {"problem": f"{shown}\nWhat is {a} + {b}?", "answer": str(a + b)}
-            if a > b:
-                shown = f"What is {max(c, d)} - {min(c, d)}? \\boxed{{{abs(c - d)}}}"
-                yield {"problem": f"{shown}\nWhat is {a} - {b}?", "answer": str(a - b)}
+            check = rng.choice(("Repeat this", "Write this", "Say this"))
+            problem = f"{a} + {b} = \\boxed{{{a + b}}}. {check}."
+            yield {"problem": problem, "answer": str(a + b)}
 
 
 # Name, what it returns in words, and in Python.

@@ -63,7 +63,7 @@ def test_the_toy_data_is_right(tmp_path: Path) -> None:
     for folder, source in (("deepscaler", "deepscaler"), ("eurus", "eurus_code")):
         (file,) = (tmp_path / folder).iterdir()
         read = [SOURCES[source].read(row) for _, row in rows(file) if isinstance(row, dict)]
-        assert len(read) > 80
+        assert len(read) >= 80
         for reading in read[:: 1 if source == "deepscaler" else 15]:
             gold = gold_response(reading.grading)
             assert gold is not None and grade(reading.grading, gold).score == 1.0

@@ -29,7 +29,8 @@ PROMPT, NEW_TOKENS = "what is the sum of two and three?", 24
 VLLM = """
 import json, sys
 from vllm import LLM, SamplingParams
-llm = LLM(sys.argv[1], enforce_eager=True, kv_cache_memory_bytes=64 << 20, max_model_len=128)
+settings = {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "max_model_len": 128}
+llm = LLM(sys.argv[1], dtype="float32", **settings)  # The default for fp32 weights is 16 bits.
 chat = [{"role": "user", "content": sys.argv[2]}]
 (answer,) = llm.chat(chat, SamplingParams(temperature=0, max_tokens=int(sys.argv[3])))
 said = answer.outputs[0]

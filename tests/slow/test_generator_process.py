@@ -61,12 +61,15 @@ def test_a_dead_or_hung_process_is_replaced(
     assert hung is not None
     os.kill(hung.pid, signal.SIGSTOP)
     with monkeypatch.context() as patch, pytest.raises(PromptDropped, match="no answer after"):
-        patch.setattr(reasoning_gym_source, "_SECONDS_PER_ITEM", 0.2)
+        patch.setattr(generator, "_seconds", 0.2)
         source.prompt(0)
     assert hung.returncode == -signal.SIGKILL
     assert source.prompt(0) == first
+    generator.close()
+    (tmp_path / "silent.py").write_text("import time\ntime.sleep(600)\n")
     with monkeypatch.context() as patch:
-        patch.setattr(reasoning_gym_source, "_SECONDS_PER_ITEM", 0.0)
+        patch.setattr(reasoning_gym_source, "_WORKER", tmp_path / "silent.py")
+        patch.setattr(generator, "_seconds", 0.2)
         patch.setattr(reasoning_gym_source, "_SECONDS_TO_START", 0.0)
         for _ in range(2):
             with pytest.raises(PromptDropped):

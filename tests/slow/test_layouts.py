@@ -137,24 +137,22 @@ def test_layout_gives_the_numbers_of_one_process(layout: Layout, models: Any) ->
         assert distance(tensor, wanted.trained[name].numpy()) < RELATIVE, name
 
 
-# Written in the first layout, read in all: every kind of split, from one to many and back.
+# Written in the first layout, read in the others: every kind of split, from one to many and back.
+# (Reading in the layout that wrote is what test_moments_in_bf16 and test_resume.py do.)
 CHECKPOINTS = {
     "llama": [
         Layout("llama", TIED, tokens=40),
         Layout("llama", TIED, tp=2, pp=2, tokens=40),
         Layout("llama", TIED, dp=2, tokens=40),
         Layout("llama", TIED, pp=2, vpp=4, cp=2, tokens=40),
-        Layout("llama", TIED, tp=4, dp=2, sp=True, tokens=40),
     ],
     "qwen2": [
         Layout("qwen2", UNTIED, tp=2, pp=2, dp=2, tokens=40),
         Layout("qwen2", UNTIED, tokens=40),
-        Layout("qwen2", UNTIED, pp=2, dp=2, tokens=40),
     ],
     "qwen3": [
         Layout("qwen3", TIED, pp=2, vpp=2, cp=2, tokens=40),
-        Layout("qwen3", TIED, tp=2, pp=2, tokens=40),
-        Layout("qwen3", TIED, tp=4, dp=2, tokens=40),
+        Layout("qwen3", TIED, tp=4, dp=2, sp=True, tokens=40),
     ],
     # An added key/value head is in the checkpoint, and is not in the model that reads it ...
     "added head": [
@@ -180,7 +178,7 @@ def test_checkpoint_goes_on_in_another_layout(case: str, models: Any, tmp_path: 
     wanted = run_ranks(
         train_and_save, settings.policy.ranks, settings, folder, known.data, checkpoint
     )
-    for layout in layouts:
+    for layout in layouts[1:]:
         settings = recipe(layout, folder)
         found = run_ranks(
             load_and_train, settings.policy.ranks, settings, folder, known.data, checkpoint
