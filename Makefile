@@ -24,7 +24,7 @@ quickstart: setup
 test: test-fast test-slow
 
 test-fast: setup
-	$(BIN)/python -m pytest tests/fast
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fast --numprocesses logical
 
 test-slow: setup
 	$(BIN)/python -m pytest tests/slow

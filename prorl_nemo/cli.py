@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,6 +60,43 @@ def check(
 
         ok = run_check(settings, json_file)
     raise typer.Exit(0 if ok else 1)
+
+
+@app.command()
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(help="GPUs; whole nodes of 8 where there are more.")] = 8,
+    gpu: Annotated[str, typer.Option(help="a100, h100, h200 or b200.")] = "h100",
+    model: Annotated[
+        str | None, typer.Option(help="Folder or name of a model of the same shape.")
+    ] = None,
+    mean_response: Annotated[
+        float, typer.Option(help="Mean response as a share of the limit.")
+    ] = 0.35,
+    keep_rate: Annotated[float, typer.Option(help="Share of prompts with signal.")] = 0.41,
+    mean_prompt: Annotated[
+        float | None, typer.Option(help="Mean prompt, in tokens; default: 200 or the limit.")
+    ] = None,
+    most: Annotated[int, typer.Option(min=1, help="Layouts to list.")] = 8,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the plan here.")] = None,
+) -> None:
+    """Memory and time of a recipe on N GPUs, and the layouts that fit. Needs no GPU."""
+    with _errors():
+        from prorl_nemo.recipe import load_recipe
+
+        settings = load_recipe(recipe, overrides or [])
+        from prorl_nemo.planning.plan import Assumptions, make_plan
+        from prorl_nemo.planning.show import show
+
+        if json_file:
+            _check_writable("--json", json_file)
+        assumed = Assumptions(mean_response, keep_rate, mean_prompt)
+        made = make_plan(settings, gpus, gpu, assumed, model)
+        show(made, Console(), most)
+        if json_file:
+            json_file.write_text(json.dumps(made.as_json(), indent=1) + "\n", encoding="utf-8")
+    raise typer.Exit(0 if made.chosen else 1)
 
 
 @app.command()

@@ -24,6 +24,9 @@ from torch.distributed import DistError
 from prorl_nemo.recipe import Recipe
 from prorl_nemo.training.batch import StepSettings, TrainingBatch
 
+# How long a rank's process has to leave before it is killed.
+_LEAVE_SECONDS = 5.0
+
 
 class PolicyError(RuntimeError):
     """A trainer rank is gone or answers no more: start all of them again from a checkpoint."""
@@ -225,10 +228,11 @@ class PolicyGroup:
     def shutdown(self) -> None:
         for rank in self._ranks:
             ray.kill(rank)
-        for process in self._processes:
-            # Ray asks the process to leave, which a stopped one does not hear.
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        # Ray asks the processes to leave, which a stopped one does not hear. Killed before they
+        # could, Ray would report a crash.
+        _, stopped = psutil.wait_procs(self._processes, timeout=_LEAVE_SECONDS)
+        for process in stopped:
+            process.kill()
         self._ranks, self._processes = [], []
 
 

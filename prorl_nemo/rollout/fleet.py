@@ -35,6 +35,8 @@ from prorl_nemo.rollout.weights import WeightBucket
 
 POLL_SECONDS = 0.5
 """How long an engine holds a poll open: the pace of its heartbeat."""
+LEAVE_SECONDS = 5.0
+"""How long an actor's process has to leave before it is killed."""
 
 
 class FleetError(UserError):
@@ -104,10 +106,11 @@ class _Member:
         """Kill the actor."""
         ray.kill(self.actor)
         if self.process is not None:
-            # Ray asks the process to leave, which a stopped one does not hear. psutil kills
-            # no other process that has got the same id since.
-            with suppress(psutil.NoSuchProcess):
-                self.process.kill()
+            # Ray asks the process to leave, which a stopped one does not hear. Killed before it
+            # could, Ray would report a crash. psutil kills no other process of the same id.
+            _, stopped = psutil.wait_procs([self.process], timeout=LEAVE_SECONDS)
+            for process in stopped:
+                process.kill()
 
     @property
     def load(self) -> int:

@@ -49,8 +49,11 @@ ROOMS: dict[str, set[str]] = {
     | {"strict_yaml", "algorithms", "schedule", "rewards", "data", "model_source"}
     | {"recipe_training"}
     | {"megatron", "rollout", "cluster", "reporting"},
+    # Counts what the others allocate; imports what of them needs neither torch nor Megatron.
+    "planning": VOCABULARY | {"recipe_training", "megatron.layout", "megatron.precision"},
+    "evaluation": {"errors", "settings_file", "strict_yaml", "data", "rewards"},
     "export": VOCABULARY | {"megatron", "model_source", "training.run_state"},
-    "cli": {"errors", "recipe", "training", "reporting", "rewards", "export", "data"},
+    "cli": {"errors", "recipe", "training", "reporting", "rewards", "export", "data", "planning"},
 }
 # Libraries that only the rooms named may import.
 KEPT_TO = {

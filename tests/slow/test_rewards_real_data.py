@@ -159,7 +159,7 @@ def test_instruction_scores_agree_with_the_library(pool: GraderPool) -> None:
         assert verdict.score == pytest.approx(scores.partial_strict)
         assert verdict.parts["prompt_strict"] == scores.binary_strict
         assert verdict.parts["instruction_loose"] == pytest.approx(scores.partial_loose)
-    assert compared == 541 - 2
+    assert compared >= max(1, len(rows("ifeval", 541)) - 2)
 
 
 def test_codeforces_records_are_read(pool: GraderPool) -> None:

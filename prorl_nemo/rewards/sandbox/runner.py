@@ -194,12 +194,10 @@ class _Runner:
         if self._program >= 0:
             os.dup2(self._program, _PROGRAM, inheritable=False)
         used = {_RESULT} if mode != "program" else {_PROGRAM} if self._program >= 0 else set()
-        for descriptor in range(3, 256):
-            if descriptor not in used:
-                try:
-                    os.close(descriptor)
-                except OSError:
-                    continue
+        first = 3
+        for descriptor in (*sorted(used), 256):
+            os.closerange(first, descriptor)
+            first = descriptor + 1
         limits = {
             resource.RLIMIT_CPU: int(cpu) + 1,
             resource.RLIMIT_AS: memory,

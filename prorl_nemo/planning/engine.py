@@ -1,0 +1,105 @@
+"""One vLLM engine on one GPU: its memory beside the trainer's, and how fast it decodes.
+
+Decoding is bound by what a step must read, weights and the KV cache of all sequences, or by what it
+must compute (the roofline of Williams et al., CACM 52(4), 2009). Engines stay loaded while the
+policy is trained: the training loop does not put them to sleep.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prorl_nemo.megatron.layout import ModelSpec
+from prorl_nemo.planning.activations import FP32, width
+from prorl_nemo.planning.hardware import GIB, Efficiency, Gpu
+from prorl_nemo.recipe import Recipe
+
+MAX_SEQUENCES = 256
+"""`max_sequences` of `rollout/engine_settings.py`."""
+_ACTIVATIONS = 3 * GIB // 2  # Of an engine's prefill, with its graphs. Our choice.
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Memory of an engine, in bytes; `token` is what one token's keys and values take.
+
+    Attributes:
+        activations: of its prefill and CUDA graphs.
+    """
+
+    weights: int
+    activations: int
+    kv_cache: int
+    token: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.activations + self.kv_cache
+
+    def sequences(self, context: float) -> int:
+        """How many of `context` tokens run at once."""
+        return min(MAX_SEQUENCES, int(self.kv_cache / self.token / max(context, 1.0)))
+
+
+def engine_memory(recipe: Recipe, spec: ModelSpec, gpu: Gpu) -> Engine:
+    """What the recipe's rollout section gives an engine; the cache may come out negative."""
+    rollout = recipe.rollout
+    w = width(rollout.precision or recipe.policy.precision)
+    head = FP32 * spec.vocab * spec.hidden if rollout.fp32_head and w < FP32 else 0
+    weights = w * spec.parameters + head
+    if rollout.kv_cache_mib:
+        cache = rollout.kv_cache_mib << 20
+    else:
+        cache = int(gpu.memory * rollout.gpu_memory_share) - weights - _ACTIVATIONS
+    token = 2 * spec.layers * spec.groups * spec.head_dim * w
+    return Engine(weights, _ACTIVATIONS, cache, token)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What the engines have to generate in a step.
+
+    Attributes:
+        prompts: groups drawn, the rejected ones included; samples: responses of each.
+        prompt: mean prompt tokens; mean, limit: response tokens.
+        spread: mean square of the response length over the square of its mean.
+        rounds: times the engines run dry, waiting for the longest response: 1 for our sampler.
+    """
+
+    prompts: float
+    samples: float
+    prompt: float
+    mean: float
+    limit: int
+    spread: float
+    rounds: float = 1.0
+
+
+def decode_seconds(
+    spec: ModelSpec, engine: Engine, gpu: Gpu, share: Efficiency, batch: float, context: float
+) -> float:
+    """One token for each of `batch` sequences of `context` tokens."""
+    flops = batch * (2 * spec.parameters + 4 * spec.layers * spec.heads * spec.head_dim * context)
+    read = engine.weights + batch * context * engine.token
+    computed = flops / (gpu.bf16_flops * share.compute)
+    return max(computed, read / (gpu.bandwidth * share.bandwidth)) + share.iteration
+
+
+def generation_seconds(
+    spec: ModelSpec, engine: Engine, gpu: Gpu, share: Efficiency, work: Generation, engines: int
+) -> float:
+    """From the first prompt to the last response.
+
+    First the batch is full, tokens over batch size; then the longest response runs to the limit
+    while the rest ends (the bound of Graham, 1969, for work dealt out as places become free).
+    """
+    responses = work.prompts * work.samples / engines
+    # Long responses are in the batch for longer, so the mean context is above half the mean.
+    context = work.prompt + work.mean * work.spread / 2
+    batch = min(max(responses / work.rounds, 1.0), engine.sequences(work.prompt + work.mean))
+    full = responses * work.mean / batch * decode_seconds(spec, engine, gpu, share, batch, context)
+    last = max(1.0, batch / 4)
+    late = work.prompt + (work.mean + work.limit) / 2
+    tail = (work.limit - work.mean) * decode_seconds(spec, engine, gpu, share, last, late)
+    prefill = 2 * spec.parameters * work.prompts * work.prompt / engines
+    return full + work.rounds * tail + prefill / (gpu.bf16_flops * share.compute)
