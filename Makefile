@@ -5,7 +5,7 @@ BIN := .venv/bin
 export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup quickstart test test-fast test-slow test-kill lint bench clean
+.PHONY: setup quickstart test test-fast test-slow test-kill test-faults lint bench clean test-slurm check-recipes
 
 setup: .venv/ready
 
@@ -33,6 +33,18 @@ test-slow: setup
 test-kill: setup
 	rm -rf build/kill
 	$(BIN)/python tests/kill/killed_run.py --kills 12 --folder build/kill --json docs/figures/killed_run.json
+
+# Full disks, dead ranks, clocks that jump: done to real runs (docs/training.md). Needs root.
+test-faults: setup
+	$(BIN)/python -m pytest tests/faults --durations 0
+
+# Real Slurm daemons, two nodes on this machine; needs root and the packages that it names.
+test-slurm: setup
+	$(BIN)/python -m pytest tests/slurm -s --durations=0
+
+# Every recipe's checks on a shrunken model of its family (docs/cluster.md).
+check-recipes: setup
+	set -e; for recipe in recipes/*.yaml recipes/*/*.yaml; do echo "== $$recipe"; $(BIN)/prorl check $$recipe --tiny; done
 
 lint: setup
 	$(BIN)/ruff check .

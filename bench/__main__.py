@@ -6,7 +6,7 @@ import argparse
 import importlib
 from pathlib import Path
 
-HELPERS = {"__init__", "__main__", "padded_rows", "simulated_engine", "trl_step"}
+HELPERS = {"__init__", "__main__", "long_run", "padded_rows", "simulated_engine", "trl_step"}
 NAMES = sorted(f.stem for f in Path(__file__).parent.glob("*.py") if f.stem not in HELPERS)
 
 

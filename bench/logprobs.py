@@ -3,8 +3,10 @@
 At the size of DeepSeek-R1-Distill-Qwen-1.5B's head: 8,192 tokens, 151,936 words, 1,536 channels.
 `plain` is log_softmax of all logits; `selective` gathers the target's logit and subtracts a
 logsumexp taken sequence by sequence, as TRL does; `ours` is `megatron.logprobs`, which also gives
-the entropy. Each runs in a process of its own. `extra` is the peak of resident memory during the
-computation less what was resident before: inputs are not in it, the gradients are.
+the entropy. In fp32, in bf16 (`policy.logits: bf16`), and ours also with fp32 logits of bf16
+numbers, the default, which is compared with plain fp32. Each runs in a process of its own.
+`extra` is the peak of resident memory during the computation less what was resident before: inputs
+are not in it, the gradients are.
 
 The tokens are fewer where the plain computation would not fit into the free memory.
 """
@@ -34,12 +36,12 @@ SEQUENCES = 8
 TEMPERATURE = 1.2
 GRADIENT_TOKENS = 256
 # Whole fp32 matrices the plain backward holds at once: its output, two gradients, and a margin.
-PLAIN_MATRICES = 4
+PLAIN_MATRICES = 3.2
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One method and type. Seconds of a forward pass, and of forward and backward together."""
+    """A method and type, as in TYPES. Seconds of a forward pass, and of both passes."""
 
     method: str
     dtype: str
@@ -53,9 +55,7 @@ class Figure:
 def main(json_path: Path | None) -> None:
     """Run the bench, print its tables and write the figures to `json_path`."""
     tokens = _tokens_that_fit()
-    found = [
-        _in_own_process(method, dtype, tokens) for dtype in ("fp32", "bf16") for method in METHODS
-    ]
+    found = [_in_own_process(method, dtype, tokens) for dtype, method in RUNS]
     gradients = _gradient_distance()
     console = Console()
     console.print(_table(found))
@@ -72,26 +72,43 @@ def main(json_path: Path | None) -> None:
         json_path.write_text(json.dumps(figures, indent=1) + "\n")
 
 
-def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    logits = (hidden @ weight.t()).float() / TEMPERATURE
+def plain(hidden: Tensor, weight: Tensor, targets: Tensor, exact: bool) -> Tensor:
+    logits = _whole_logits(hidden, weight, exact)
     return logits.log_softmax(dim=-1).gather(1, targets[:, None]).squeeze(1)
 
 
-def selective(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    logits = (hidden @ weight.t()).float() / TEMPERATURE
+def selective(hidden: Tensor, weight: Tensor, targets: Tensor, exact: bool) -> Tensor:
+    logits = _whole_logits(hidden, weight, exact)
     picked = logits.gather(1, targets[:, None]).squeeze(1)
     return picked - torch.cat([part.logsumexp(dim=-1) for part in logits.chunk(SEQUENCES)])
 
 
-def ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return response_logprobs(hidden, weight, targets, TEMPERATURE, VOCABULARY)[0]
+def ours(hidden: Tensor, weight: Tensor, targets: Tensor, exact: bool) -> Tensor:
+    return response_logprobs(hidden, weight, targets, TEMPERATURE, VOCABULARY, exact=exact)[0]
 
 
-METHODS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+def _whole_logits(hidden: Tensor, weight: Tensor, exact: bool) -> Tensor:
+    if exact:
+        hidden, weight = hidden.float(), weight.float()
+    return (hidden @ weight.t()).float() / TEMPERATURE
+
+
+TYPES = {
+    "fp32": (torch.float32, True),
+    "bf16": (torch.bfloat16, False),
+    "bf16, fp32 logits": (torch.bfloat16, True),
+}
+"""Type of the inputs, and whether products of them come out in fp32."""
+
+METHODS: dict[str, Callable[[Tensor, Tensor, Tensor, bool], Tensor]] = {
     "plain": plain,
     "selective": selective,
     "ours": ours,
 }
+
+
+RUNS = [(dtype, method) for dtype in ("fp32", "bf16") for method in METHODS]
+RUNS.append(("bf16, fp32 logits", "ours"))
 
 
 def _inputs(tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,7 +121,7 @@ def _inputs(tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 def _tokens_that_fit() -> int:
     free = psutil.virtual_memory().available
     inputs = 3 * 4 * VOCABULARY * HIDDEN
-    tokens = (free - inputs) // (PLAIN_MATRICES * 4 * VOCABULARY)
+    tokens = int((free - inputs) / (PLAIN_MATRICES * 4 * VOCABULARY))
     return max(SEQUENCES, min(TOKENS, tokens // 256 * 256))
 
 
@@ -124,16 +141,16 @@ def _in_own_process(method: str, dtype: str, tokens: int) -> Figure:
 
 
 def _measure(connection: Any, method: str, dtype: str, tokens: int) -> None:
-    compute = METHODS[method]
-    hidden, weight, targets = _inputs(tokens, torch.float32 if dtype == "fp32" else torch.bfloat16)
-    compute(hidden[:64], weight, targets[:64])  # kernels are chosen and threads started
+    compute, (kind, exact) = METHODS[method], TYPES[dtype]
+    hidden, weight, targets = _inputs(tokens, kind)
+    compute(hidden[:64], weight, targets[:64], exact)  # kernels are chosen and threads started
 
     def forward() -> None:
         with torch.no_grad():
-            compute(hidden, weight, targets)
+            compute(hidden, weight, targets, exact)
 
     def both() -> None:
-        compute(hidden, weight, targets).sum().backward()
+        compute(hidden, weight, targets, exact).sum().backward()
 
     forward_seconds, forward_extra = _cost(forward)
     seconds, extra = _cost(both)
@@ -160,7 +177,8 @@ def _gradient_distance() -> float:
     inputs = _inputs(GRADIENT_TOKENS, torch.float32)
     upstream = torch.randn(GRADIENT_TOKENS)
     wanted, found = (
-        torch.autograd.grad(method(*inputs) @ upstream, inputs[:2]) for method in (plain, ours)
+        torch.autograd.grad(method(*inputs, exact=True) @ upstream, inputs[:2])
+        for method in (plain, ours)
     )
     return max(
         float((f - w).abs().max() / w.abs().max()) for f, w in zip(found, wanted, strict=True)
@@ -172,7 +190,8 @@ def _table(figures: list[Figure]) -> Table:
     for column in ("type", "method", "forward s", "extra MiB", "with backward s", "extra MiB"):
         table.add_column(column, justify="left" if column in ("type", "method") else "right")
     for figure in figures:
-        base = next(f for f in figures if (f.method, f.dtype) == ("plain", figure.dtype))
+        kind = "bf16" if figure.dtype == "bf16" else "fp32"
+        base = next(f for f in figures if (f.method, f.dtype) == ("plain", kind))
         table.add_row(
             figure.dtype,
             figure.method,

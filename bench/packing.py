@@ -6,18 +6,23 @@ index of free room), by plain first-fit-decreasing, and by the modified first-fi
 Johnson and Garey (1985), NeMo-RL's default. Ranks are balanced by ours (longest first to the least
 loaded, then exchanges) and by the largest differencing method of Karmarkar and Karp (1982) with
 equal counts, which slime and verl use. The peers' methods are written anew from the publications.
+
+With PEERS naming a folder that holds checkouts of NeMo-RL and slime, their own code runs as well.
 """
 
 from __future__ import annotations
 
 import heapq
+import importlib.util
 import json
 import math
+import os
 import random
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -30,8 +35,8 @@ SPREAD = 1.0
 COUNTS = (512, 2_048, 8_192, 32_768, 65_536)
 RANKS = (8, 64)
 # The peers' times grow with the square of the number of lengths: beyond this they only take time.
-PEERS_UP_TO = {"first-fit-decreasing": 8_192, "modified first-fit-decreasing": 65_536}
-REPEATS = 3
+PEERS_UP_TO = {"first-fit-decreasing": 8_192}
+REPEATS = 9
 
 Rows = list[list[int]]
 
@@ -60,6 +65,8 @@ class Balance:
 
 def main(json_path: Path | None) -> None:
     """Run the bench, print its tables and write the figures to `json_path`."""
+    if peers := os.environ.get("PEERS"):
+        _add_peers(Path(peers))
     packings = list(_packings())
     balances = list(_balances())
     console = Console()
@@ -180,6 +187,35 @@ BALANCERS: dict[str, Callable[[list[int], int], Rows]] = {
     "ours": balance,
     "Karmarkar-Karp, equal counts": karmarkar_karp,
 }
+
+
+def _add_peers(folder: Path) -> None:
+    """The planners of NeMo-RL and slime themselves, from checkouts below `folder`."""
+    nemo = _module(folder, "nemo_rl/data/packing/algorithms.py")
+    slime = _module(folder, "slime/utils/seqlen_balancing.py")
+
+    def modified(sizes: list[int], row: int) -> Rows:
+        rows: Rows = nemo.ModifiedFirstFitDecreasingPacker(bin_capacity=row).pack(sizes)
+        return rows
+
+    def differencing(sizes: list[int], ranks: int) -> Rows:
+        shares: Rows = slime.get_seqlen_balanced_partitions(sizes, ranks, equal_size=True)
+        return shares
+
+    PACKERS["NeMo-RL's own modified first-fit-decreasing"] = modified
+    BALANCERS["slime's own Karmarkar-Karp"] = differencing
+
+
+def _module(folder: Path, name: str) -> Any:
+    """A file of a checkout as a module, without the package it belongs to and its imports."""
+    found = sorted(folder.glob(f"**/{name}"))
+    if not found:
+        raise SystemExit(f"PEERS={folder} holds no checkout with {name}")
+    spec = importlib.util.spec_from_file_location(found[0].stem, found[0])
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _packings() -> list[Packing]:

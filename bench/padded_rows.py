@@ -1,9 +1,9 @@
 """Packed rows against padded ones: training tokens per second on the same sequences.
 
 Lengths are log-normal with a mean of a third of the limit, cut at the limit: responses of a
-reasoning run. Padded means every sequence as long as the longest of the batch, as many to a row as
-the token budget holds, and the rest of each computed for nothing. The output head sees response
-tokens only in both, which spares the padded rows more work than such trainers usually do.
+reasoning run. Padded means that every response is as long as the longest of the batch and all of
+it is computed, output head included, as trainers without packing do. Both go through the same
+trainer with the same token budget; what differs is the padding alone.
 """
 
 from __future__ import annotations
@@ -13,12 +13,10 @@ import multiprocessing
 import random
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from prorl_nemo.recipe import Recipe
 from prorl_nemo.training.batch import StepSettings, TrainingBatch
@@ -67,16 +65,14 @@ def _in_own_process(name: str, recipe: Recipe, model: Path) -> float:
 def _measure(connection: Any, name: str, recipe: Recipe, model: Path) -> None:
     from prorl_nemo.megatron.policy_worker import PolicyWorker
 
-    class PaddedWorker(PolicyWorker):
-        def _rows(self, batch: TrainingBatch, groups: range) -> list[Any]:
-            return _padded_rows(batch, groups, recipe.policy.tokens_per_microbatch)
-
-    kind = PolicyWorker if name == "packed" else PaddedWorker
+    lengths = response_lengths()
+    if name == "padded":
+        lengths = [max(lengths)] * SEQUENCES
     with tempfile.TemporaryDirectory() as folder:
-        worker = kind(recipe, model, 0, 1, f"file://{folder}/rendezvous")
-        batch = _batch()
+        worker = PolicyWorker(recipe, model, 0, 1, f"file://{folder}/rendezvous")
+        batch = _batch(lengths)
         settings = StepSettings(0.0, 0.2, 0.28, minibatches=1)
-        shortest = int(np.argmin([len(r) for r in batch.responses]))
+        shortest = int(np.argmin(lengths))
         # Kernels are chosen and threads started.
         worker.gradient(batch, range(shortest, shortest + 1), settings)
         started = time.perf_counter()
@@ -84,10 +80,10 @@ def _measure(connection: Any, name: str, recipe: Recipe, model: Path) -> None:
         connection.send(time.perf_counter() - started)
 
 
-def _batch() -> TrainingBatch:
+def _batch(lengths: list[int]) -> TrainingBatch:
     """Random tokens: what they are does not matter to the time."""
     draw = np.random.default_rng(0)
-    responses = [draw.integers(0, 10_000, n) for n in response_lengths()]
+    responses = [draw.integers(0, 10_000, n) for n in lengths]
     figures = [np.full(len(r), -1.0, dtype=np.float32) for r in responses]
     return TrainingBatch(
         prompts=[draw.integers(0, 10_000, PROMPT).tolist() for _ in responses],
@@ -99,34 +95,3 @@ def _batch() -> TrainingBatch:
         old_logprobs=figures,
         reference_logprobs=figures,
     )
-
-
-def _padded_rows(batch: TrainingBatch, groups: range, budget: int) -> list[Any]:
-    """Rows of sequences of one length, in the order of the batch; padding is no target."""
-    from prorl_nemo.megatron.packing import build_row
-
-    items = batch.items(groups, shared_prompts=False)
-    longest = max(item.tokens for item in items)
-    per_row = max(1, budget // longest)
-    rows = []
-    for start in range(0, len(items), per_row):
-        part = items[start : start + per_row]
-        real: list[torch.Tensor] = []
-        padded = []
-        for item in part:
-            response = np.asarray(item.responses[0])
-            padding = longest - item.tokens
-            real.append(torch.arange(len(response) + padding) < len(response))
-            padded.append(replace(item, responses=[np.pad(response, (0, padding))]))
-        row, kept = build_row(padded, batch.temperature), torch.cat(real)
-        lengths = tuple(len(item.responses[0]) for item in part)
-        rows.append(
-            replace(
-                row,
-                hidden_index=row.hidden_index[kept],
-                targets=row.targets[kept],
-                target_index=torch.arange(sum(lengths)),
-                sample_lengths=lengths,
-            )
-        )
-    return rows

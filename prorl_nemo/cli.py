@@ -44,10 +44,29 @@ def train(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def pretrain(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Train a small model on worked problems by next-token prediction; resumes."""
+    with _errors():
+        from prorl_nemo.recipe_pretrain import load_pretraining
+
+        settings = load_pretraining(recipe, overrides or [])
+        from prorl_nemo.pretraining.run import pretrain as run
+
+        folder = run(settings, Console())
+        print(f"model: {folder}" if folder else "stopped and saved; the same command resumes")
+
+
+@app.command()
 def check(
     recipe: RecipePath,
     overrides: Overrides = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the lines here.")] = None,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="A shrunken model of the same family, on any machine.")
+    ] = False,
+    cluster: Annotated[
+        bool, typer.Option("--cluster", help="Look at every node of the Ray cluster instead.")
+    ] = False,
 ) -> None:
     """Prove on this machine that a set-up is numerically right."""
     with _errors():
@@ -56,9 +75,25 @@ def check(
         settings = load_recipe(recipe, overrides or [])
         if json_file:
             _check_writable("--json", json_file)  # Now, not after minutes of checks.
-        from prorl_nemo.training.check import run_check
+        if cluster:
+            from prorl_nemo.training.session import check_nodes
 
-        ok = run_check(settings, json_file)
+            ok = check_nodes(settings, Console())
+        elif tiny:
+            import tempfile
+
+            from prorl_nemo.shrink import shrink
+            from prorl_nemo.training.check import run_check
+
+            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+                small, left_out = shrink(settings, Path(folder))
+                for line in left_out:
+                    Console().print(line, markup=False, soft_wrap=True)
+                ok = run_check(small, json_file)
+        else:
+            from prorl_nemo.training.check import run_check
+
+            ok = run_check(settings, json_file)
     raise typer.Exit(0 if ok else 1)
 
 
@@ -121,14 +156,213 @@ def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")],
     out: Annotated[Path, typer.Option(help="The model's folder: new or empty.")],
     step: Annotated[
-        int | None, typer.Option(min=0, help="Of which checkpoint; default: the newest.")
+        str | None, typer.Option(help="Of which checkpoint: last (default), best, or a step.")
+    ] = None,
+    evaluation: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder of prorl eval on this step; may be given again."),
+    ] = None,
+    licence: Annotated[
+        str | None, typer.Option("--license", help="As the hub writes it; default: the base's.")
+    ] = None,
+    self_check: Annotated[
+        bool, typer.Option("--self-check", help="Load it in transformers and vLLM, and compare.")
+    ] = False,
+) -> None:
+    """A step of a run as a Hugging Face model: weights, tokenizer, card, log, recipe."""
+    with _errors():
+        from prorl_nemo.export import chosen_step, export_step
+        from prorl_nemo.publishing.folder import add_evaluations, add_training, write_card
+
+        done = export_step(run, out, chosen_step(run, step) if step else None)
+        add_training(out, run)
+        add_evaluations(out, evaluation or [])
+        write_card(out, licence)
+        print(f"step {done} of {run}: {out}")
+        if self_check:
+            from prorl_nemo.publishing.self_check import check_export
+
+            raise typer.Exit(0 if check_export(out, run, Console()) else 1)
+
+
+@app.command()
+def publish(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="What prorl export wrote, or a run directory.")
+    ],
+    repo: Annotated[str, typer.Option(help="ORG/NAME on the hub.")],
+    step: Annotated[
+        str | None, typer.Option(help="Of a run: last (default), best, or a step.")
+    ] = None,
+    tag: Annotated[str | None, typer.Option(help="Revision; default: step-NNNNNN.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="For everybody to see.")] = False,
+    evaluation: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder of prorl eval on this step; may be given again."),
+    ] = None,
+    licence: Annotated[
+        str | None, typer.Option("--license", help="As the hub writes it; default: the base's.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print every file and the card; send nothing.")
+    ] = False,
+) -> None:
+    """Upload an exported model with its card to the hub: private, tagged with its step."""
+    with _errors():
+        from prorl_nemo.publishing.publish import prepare, send, show
+
+        ready = prepare(folder, repo, step, tag, evaluation or [], licence)
+        if dry_run:
+            show(ready, not public, Console())
+            return
+        print(f"published: {send(ready, private=not public)}")
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="A run's folder, a model's folder, a hub name, smollm2-135m-instruct, or the URL "
+            "of an OpenAI-compatible server.",
+        ),
+    ] = None,
+    step: Annotated[
+        str | None, typer.Option(help="Of a run: last (default), best, or a step.")
+    ] = None,
+    protocol: Annotated[
+        str | None, typer.Option(help="Name under eval/protocols, or a file; default: prorl.")
+    ] = None,
+    benchmarks: Annotated[
+        str, typer.Option("--benchmarks", "--suite", help="Names, comma between; default: all.")
+    ] = "",
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder with the files of the data sets.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The evaluation's folder; default: evals/MODEL-PROTOCOL.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Of each item, in place of the protocol's.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Items of each benchmark, a fixed random subset.")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Another response limit.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, max=2, help="Another temperature.")
+    ] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Another top-p.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of all samples.")] = 0,
+    engines: Annotated[
+        int | None, typer.Option(min=1, help="vLLM engines; default: one a GPU, one on CPU.")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
+    max_sequences: Annotated[
+        int, typer.Option(min=1, help="Responses an engine computes at once.")
+    ] = 256,
+    engine_threads: Annotated[int | None, typer.Option(min=1, help="CPU threads each.")] = None,
+    kv_cache_mib: Annotated[
+        int | None, typer.Option(min=1, help="KV cache of an engine; default: 512 on CPU.")
+    ] = None,
+    gpu_memory_share: Annotated[
+        float, typer.Option(min=0.05, max=1, help="Of a GPU, for an engine.")
+    ] = 0.9,
+    served_model: Annotated[
+        str | None, typer.Option(help="Name of the model on a server that has several.")
+    ] = None,
+    concurrency: Annotated[
+        int, typer.Option(min=1, max=4096, help="Requests to a server at once.")
+    ] = 32,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Graders; default: half of the cores.")
+    ] = None,
+    sandbox: Annotated[
+        str, typer.Option(help="Where code runs: auto, bubblewrap, landlock or none.")
+    ] = "auto",
+    allow_unsafe: Annotated[
+        bool, typer.Option("--allow-unsafe", help="Needed for --sandbox none.")
+    ] = False,
+    reported_as: Annotated[
+        str | None, typer.Option(help="The model's name in eval/reported, if it is there.")
+    ] = None,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(help="Show the reported numbers of this model; may be given again."),
+    ] = None,
+    definitions: Annotated[Path | None, typer.Option(help="Folder in the place of eval/.")] = None,
+    regrade: Annotated[
+        Path | None, typer.Option(help="Grade this evaluation's samples again; no model.")
+    ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(help="Paired test of two evaluations; no model."),
     ] = None,
 ) -> None:
-    """A step of a run as a Hugging Face model: sharded safetensors, tokenizer, configs."""
+    """Measure a model on benchmarks, beside the reported numbers; resumes where it stopped."""
+    console = Console()
     with _errors():
-        from prorl_nemo.export import export_step
+        _check_sandbox(sandbox, allow_unsafe)
+        if sum(chosen is not None for chosen in (model, regrade, compare)) != 1:
+            raise UserError("prorl eval: give a MODEL, or --regrade DIR, or --compare DIR DIR")
+        if precision not in ("bf16", "fp32"):
+            raise UserError(f"--precision: {precision!r} is none; use bf16 or fp32")
+        from prorl_nemo.evaluation.suite import DEFINITIONS, Changes
+        from prorl_nemo.harness.outputs import show_comparison, show_results
 
-        print(f"step {export_step(run, out, step)} of {run}: {out}")
+        where = definitions or DEFINITIONS
+        if compare is not None:
+            from prorl_nemo.harness import again
+
+            show_comparison(*again.compare(*compare), console)
+            return
+        if regrade is not None:
+            from prorl_nemo.harness import again
+
+            results, changed = again.regrade(
+                regrade,
+                protocol=protocol,
+                definitions=where,
+                workers=workers,
+                sandbox=sandbox,
+                reported_as=reported_as,
+                beside=beside or [],
+            )
+            show_results(results, str(regrade), console)
+            console.print(f"{changed} verdicts changed")
+            return
+        assert model is not None
+        from prorl_nemo.harness.evaluate import Request
+        from prorl_nemo.harness.evaluate import evaluate as run
+        from prorl_nemo.harness.fleet_generator import EngineOptions
+
+        request = Request(
+            model=model,
+            protocol=protocol or "prorl",
+            benchmarks=[name.strip() for name in benchmarks.split(",") if name.strip()],
+            step=step,
+            data_dir=data_dir,
+            out=out,
+            changes=Changes(samples, limit, max_tokens, temperature, top_p),
+            seed=seed,
+            definitions=where,
+            engines=EngineOptions(
+                engines, precision, max_sequences, engine_threads, kv_cache_mib, gpu_memory_share
+            ),
+            served_model=served_model,
+            concurrency=concurrency,
+            workers=workers,
+            sandbox=sandbox,
+            reported_as=reported_as,
+            beside=beside or [],
+        )
+        outcome = run(request, console)
+        if outcome.results is None:
+            print(f"{outcome.folder}: stopped; the same command goes on")
+            raise typer.Exit(3)
+        show_results(outcome.results, f"{model} under {request.protocol}", console)
+        print(f"results: {outcome.folder / 'results.html'}")
 
 
 @app.command()
@@ -154,11 +388,7 @@ def grade(
 ) -> None:
     """Grade a file of responses and say what the graders said."""
     with _errors():
-        if sandbox == "none" and not allow_unsafe:
-            raise UserError(
-                "--sandbox: none runs code that a model wrote with your rights; use auto, or add "
-                "--allow-unsafe"
-            )
+        _check_sandbox(sandbox, allow_unsafe)
         from prorl_nemo.rewards.grade_file import grade_file
 
         found = grade_file(file, workers=workers, training=not evaluation, out=out, sandbox=sandbox)
@@ -202,6 +432,14 @@ def _errors() -> Iterator[None]:
 
 # What a message quotes must not steer the terminal.
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(10), *range(11, 32), 127)}
+
+
+def _check_sandbox(sandbox: str, allow_unsafe: bool) -> None:
+    if sandbox == "none" and not allow_unsafe:
+        raise UserError(
+            "--sandbox: none runs code that a model wrote with your rights; use auto, or add "
+            "--allow-unsafe"
+        )
 
 
 def _check_writable(option: str, path: Path) -> None:

@@ -6,10 +6,12 @@ tokenizer, chat template and generation settings are those of the model the run 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -18,9 +20,9 @@ from torch import Tensor
 from prorl_nemo.errors import ModelError, UserError
 from prorl_nemo.megatron.layout import read_model_spec
 from prorl_nemo.megatron.stored_weights import stored_weights
-from prorl_nemo.model_source import check_model_folder, resolve_model
+from prorl_nemo.model_source import EXPORT_RECORD, check_model_folder, resolve_model
 from prorl_nemo.recipe import load_recipe
-from prorl_nemo.training.run_state import Checkpoints, DamagedCheckpoint
+from prorl_nemo.training.run_state import MANIFEST, Checkpoints, DamagedCheckpoint
 
 SHARD_BYTES = 4 << 30
 """A model of 1.5B parameters is one file; larger ones load several at a time."""
@@ -71,8 +73,38 @@ def export_step(
         ) from None
     finally:
         checkpoints.close()
+    precision = recipe.policy.precision
+    about = {
+        "run": recipe.name,
+        "step": step,
+        # Of a folder its name only: the path is nobody else's business.
+        "model": Path(recipe.model).name if Path(recipe.model).is_dir() else recipe.model,
+        "recipe_fingerprint": recipe.fingerprint,
+        "checkpoint_sha256": checkpoint_sha256(run_dir, step),
+    }
     source = resolve_model(recipe.model)
-    weights = stored_weights(checkpoints.path(step) / "policy", read_model_spec(source))
+    write_model(checkpoints.path(step) / "policy", source, out, precision, about, shard_bytes)
+    return step
+
+
+def write_model(
+    policy: Path,
+    source: Path,
+    out: Path,
+    precision: str,
+    about: dict[str, Any],
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """The weights of `policy/` of a checkpoint, with everything else from `source`, as `out`.
+
+    Args:
+        precision: bf16 or fp32, that of the weights.
+        about: written beside them, see `EXPORT_RECORD`.
+
+    Raises:
+        UserError: the folder cannot be written, or the checkpoint is of another model.
+    """
+    weights = stored_weights(policy, read_model_spec(source))
     aside = out.with_name(f".{out.name}.part")
     try:
         shutil.rmtree(aside, ignore_errors=True)
@@ -81,15 +113,8 @@ def export_step(
             for file in source.glob(pattern):
                 shutil.copyfile(file, aside / file.name)
         shapes = _write_weights(weights, aside, shard_bytes)
-        precision = "bfloat16" if recipe.policy.precision == "bf16" else "float32"
-        _write_config(source, aside, precision)
-        about = {
-            "run": recipe.name,
-            "step": step,
-            "model": recipe.model,
-            "recipe_fingerprint": recipe.fingerprint,
-        }
-        (aside / "prorl_export.json").write_text(json.dumps(about, indent=1) + "\n")
+        _write_config(source, aside, "bfloat16" if precision == "bf16" else "float32")
+        (aside / EXPORT_RECORD).write_text(json.dumps(about, indent=1) + "\n")
         check_model_folder(aside)
         _check_shapes(shapes, aside)
         aside.replace(out)
@@ -97,7 +122,57 @@ def export_step(
         raise UserError(f"--out: {out} cannot be written ({error})") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return step
+
+
+def chosen_step(run_dir: Path, step: str | int | None) -> int:
+    """The checkpoint that `last` (or None), `best` of the validations, or a number means.
+
+    Raises:
+        UserError: there is none of it; the message names those there are.
+    """
+    checkpoints = Checkpoints(run_dir / "checkpoints", 1)
+    try:
+        steps = checkpoints.steps()
+        if step == "best" and steps:
+            best = checkpoints.read_state(steps[-1])["resets"]["best_step"]
+            if best is None:
+                raise UserError(f"--step: {run_dir} has not been validated; there is no best step")
+            return _chosen(steps, int(best), run_dir)
+    finally:
+        checkpoints.close()
+    if step is None or step == "last":
+        return _chosen(steps, None, run_dir)
+    if not str(step).isdecimal():
+        raise UserError(f"--step: {step!r} is no step; use last, best or a number")
+    return _chosen(steps, int(step), run_dir)
+
+
+def export_in_run(run_dir: Path, step: int) -> Path:
+    """The export of a checkpoint in the run's own `exports/`, made unless it is there.
+
+    Raises:
+        UserError: as `export_step`, or the folder there is of another checkpoint.
+    """
+    folder = run_dir / "exports" / f"step_{step:06d}"
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        export_step(run_dir, folder, step)
+        return folder
+    try:
+        about = json.loads((folder / EXPORT_RECORD).read_text(encoding="utf-8"))
+        same = about["checkpoint_sha256"] == checkpoint_sha256(run_dir, step)
+    except (OSError, ValueError, KeyError):
+        same = False
+    if not same:
+        raise UserError(f"{folder}: no export of the checkpoint that the run has now; delete it")
+    check_model_folder(folder)
+    return folder
+
+
+def checkpoint_sha256(run_dir: Path, step: int) -> str:
+    """Of a checkpoint's manifest, which holds the sums of all its files."""
+    manifest = run_dir / "checkpoints" / f"step_{step:06d}" / MANIFEST
+    return hashlib.sha256(manifest.read_bytes()).hexdigest()
 
 
 def _chosen(steps: list[int], step: int | None, run_dir: Path) -> int:

@@ -22,7 +22,10 @@ from prorl_nemo.tiny_model import tiny_model
 
 __all__ = ["check_model_folder", "resolve_model", "tiny_model"]
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+EXPORT_RECORD = "prorl_export.json"
+"""In a folder that `prorl export` wrote: of which run, step and checkpoint it is."""
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w.-]+)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _LFS_POINTER = b"version https://git-lfs"
 
@@ -31,8 +34,8 @@ def resolve_model(name: str) -> Path:
     """The local folder of a model.
 
     Args:
-        name: a folder, a hub name (`org/name`), or a built-in one: `smollm2-135m-instruct`,
-            `tiny-arithmetic`.
+        name: a folder, a hub name (`org/name` or `org/name@revision`), or a built-in one:
+            `smollm2-135m-instruct`, `tiny-arithmetic`.
 
     Raises:
         ModelError: nothing of that name, or a folder that is incomplete or damaged; the
@@ -160,10 +163,14 @@ def _download(name: str) -> Path:
         HfHubHTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+        repository, _, revision = name.partition("@")
+        return Path(
+            snapshot_download(repository, revision=revision or None, allow_patterns=_HUB_FILES)
+        )
     except GatedRepoError:
         raise ModelError(
             f"model: {name} is gated; accept its licence on the hub and set HF_TOKEN"
@@ -172,6 +179,8 @@ def _download(name: str) -> Path:
         raise ModelError(
             f"model: the hub has no {name!r}, and no folder has that name{_nearest(name)}"
         ) from None
+    except RevisionNotFoundError:
+        raise ModelError(f"model: {repository} has no revision {revision!r} on the hub") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise ModelError(

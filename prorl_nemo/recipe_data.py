@@ -42,6 +42,11 @@ class Source(Section):
     size: int = Field(
         2000, ge=1, le=10_000_000, description="Training prompts generated for the task."
     )
+    train: bool = Field(
+        True,
+        description="false: only validated, never trained on; its scores stay out of "
+        "validation/mean and so decide nothing.",
+    )
 
     @property
     def label(self) -> str:
@@ -171,6 +176,17 @@ class Data(Section):
         None, description="System turn; null leaves it to the chat template."
     )
     max_prompt_tokens: Positive = Field(1024, description="Longer prompts are dropped, never cut.")
+
+    @property
+    def trained(self) -> list[Source]:
+        """The sources that prompts are drawn from."""
+        return [source for source in self.sources if source.train]
+
+    @model_validator(mode="after")
+    def _some_trained(self) -> Data:
+        if not self.trained:
+            raise ValueError("sources: no entry has train: true; there is nothing to train on")
+        return self
 
     @model_validator(mode="after")
     def _built_somewhere(self) -> Data:

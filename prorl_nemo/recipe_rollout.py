@@ -46,6 +46,11 @@ class Rollout(Section):
     gpu_memory_share: float = Field(
         0.5, gt=0, le=1, description="Share of the GPU's memory for an engine's weights and cache."
     )
+    sleep_in_updates: bool = Field(
+        False,
+        description="Engines give their GPU's memory to the trainer while it updates, and take it "
+        "back with the new weights (written, not yet run on a GPU); nothing happens on CPU.",
+    )
     deterministic: bool = Field(
         False,
         description="Submit prompts in waves and wait for each, so that the engine computes the "
@@ -78,7 +83,12 @@ class Rollout(Section):
         "by checksum; 0 is never.",
     )
     engine_hang_seconds: float = Field(
-        900.0, gt=0, description="An engine with work that makes no step for so long is replaced."
+        900.0,
+        gt=0,
+        description=(
+            "An engine that makes no step with its requests, or does not finish a weight update, "
+            "for so long is replaced."
+        ),
     )
     max_engine_restarts: int = Field(
         5,

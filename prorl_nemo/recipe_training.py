@@ -79,6 +79,11 @@ class Checkpoint(Section):
 
     interval: Positive = Field(50, description="Steps between checkpoints; the last step has one.")
     keep_last: Positive = Field(2, description="Older checkpoints are deleted.")
+    keep_every: Positive | None = Field(
+        None,
+        description="Checkpoints of multiples of this step stay for good, to evaluate or go back "
+        "to; null is off.",
+    )
     keep_best: bool = Field(
         True, description="Save each new best validation too, and keep the best one."
     )
@@ -121,8 +126,9 @@ class Faults(Section):
 class Tracking(Section):
     """Where figures go besides metrics.jsonl. A back end that is down never stops training."""
 
-    backends: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
-        [], description="Each needs its package; refused where it is not installed."
+    backends: list[Literal["tensorboard", "wandb", "mlflow", "prometheus"]] = Field(
+        [], description="Each needs its package; refused where it is not installed. prometheus serves the "
+        "newest figures and says where in the run's prometheus.json."
     )
     project: str = Field("prorl_nemo", min_length=1, description="Of wandb; experiment of mlflow.")
     offline: bool = Field(

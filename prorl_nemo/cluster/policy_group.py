@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from ray.exceptions import RayActorError, RayTaskError
 from torch.distributed import DistError
 
+from prorl_nemo.cluster.placement import Placement
 from prorl_nemo.recipe import Recipe
 from prorl_nemo.training.batch import StepSettings, TrainingBatch
 
@@ -41,13 +42,16 @@ class _RankActor:
     def __init__(self, recipe: Recipe, folder: Path, rank: int) -> None:
         self.arguments = (recipe, folder, rank, recipe.policy.ranks)
         self.worker: Any = None
+        self.store: Any = None
         self.shared: list[Any] = []
 
     def address(self) -> str:
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port = probe.getsockname()[1]
-        return f"tcp://{ray.util.get_node_ip_address()}:{port}"
+        """Where the ranks meet: a store of this process, on a port that was free when it began."""
+        from torch.distributed import TCPStore
+
+        host = ray.util.get_node_ip_address()
+        self.store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        return f"tcp://{host}:{self.store.port}"
 
     def start(self, address: str) -> None:
         from prorl_nemo.megatron.policy_worker import PolicyWorker
@@ -67,20 +71,22 @@ class _RankActor:
         return socket.gethostname(), os.getpid()
 
     def weights(self) -> Iterator[Any]:
-        """Buckets of this rank's stage; nothing from ranks that only take part in the gather."""
+        """Buckets of this rank's pieces, or whole ones from the first that shares a device."""
         from prorl_nemo.rollout.cuda_weights import share_buckets
-        from prorl_nemo.rollout.weights import pack_buckets
+        from prorl_nemo.rollout.weights import bucket_bytes, pack_buckets
 
-        tensors = self.worker.export_weights()
-        if not self.worker.publishes:
-            deque(tensors, maxlen=0)
-        elif self.arguments[0].rollout.weight_transfer == "cuda_ipc":
+        worker = self.worker
+        limit = bucket_bytes(worker.weight_bytes)
+        if self.arguments[0].rollout.weight_transfer == "host":
+            pieces = worker.export_pieces()
+            yield from pack_buckets(pieces, limit=limit, first=worker.publishes)
+        elif not worker.publishes:
+            deque(worker.export_weights(), maxlen=0)
+        else:
             self.shared.clear()  # The engines have long loaded the update before.
-            for bucket, buffer in share_buckets(tensors):
+            for bucket, buffer in share_buckets(worker.export_weights(), limit=limit):
                 self.shared.append(buffer)
                 yield bucket
-        else:
-            yield from pack_buckets(tensors)
 
 
 # Ray's type stubs know no concurrency groups. Two threads: a save can take minutes.
@@ -93,6 +99,7 @@ class PolicyGroup:
     Args:
         recipe: the run's settings.
         folder: the Hugging Face folder the policy starts from.
+        placement: the nodes of its ranks; None: wherever Ray has room.
 
     Raises:
         UserError: whatever a rank refuses, as it raised it.
@@ -100,15 +107,17 @@ class PolicyGroup:
             `faults.collective_seconds` for another one.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path) -> None:
-        variables = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
-        threads = recipe.policy.threads
-        if threads:
-            variables["OMP_NUM_THREADS"] = str(threads)
-        actor = _RANK.options(num_cpus=0, runtime_env={"env_vars": variables})
+    def __init__(self, recipe: Recipe, folder: Path, placement: Placement | None = None) -> None:
         self._silent_seconds = float(recipe.faults.silent_seconds)
         self._processes: list[psutil.Process] = []
-        self._ranks = [actor.remote(recipe, folder, rank) for rank in range(recipe.policy.ranks)]
+        self._stages: dict[int, list[Any]] = {}
+        self._ranks = []
+        for rank in range(recipe.policy.ranks):
+            options = placement.rank_options(rank) if placement else {"num_cpus": 0}
+            neighbours = placement.local_ranks(rank) if placement else recipe.policy.ranks
+            variables = _environment(recipe.policy.threads, neighbours)
+            actor = _RANK.options(**options, runtime_env={"env_vars": variables})
+            self._ranks.append(actor.remote(recipe, folder, rank))
         address = self._get([self._ranks[0].address.remote()])[0]
         self._get([rank.start.remote(address) for rank in self._ranks])
         self._processes = _local_processes(self._get([r.process.remote() for r in self._ranks]))
@@ -168,28 +177,50 @@ class PolicyGroup:
         """The updates of one rollout; see PolicyWorker.train. Sums are over all ranks."""
         return merge_records(self._call("train", batch, settings))
 
+    def supervise(self, batch: TrainingBatch, learning_rate: float) -> dict[str, float]:
+        """One update of next-token prediction; see PolicyWorker.supervise."""
+        return merge_records(self._call("supervise", batch, learning_rate))[0]
+
     def gradient_norm(self, batch: TrainingBatch, settings: StepSettings) -> float:
         """Gradient norm of the whole batch as one minibatch; nothing is updated."""
         return float(self._call("gradient_norm", batch, settings)[0])
+
+    def resources(self) -> list[tuple[str, int]]:
+        """Device and peak bytes of each rank; see PolicyWorker.resources."""
+        return self._call("resources")
 
     def reset_reference(self, clear_optimizer: bool = False) -> None:
         self._call("reset_reference")
         if clear_optimizer:
             self._call("clear_optimizer")
 
-    def weights(self) -> Iterator[Any]:
-        """References to the weight buckets of all stages, as they become ready."""
-        streams = [rank.weights.options(num_returns="streaming").remote() for rank in self._ranks]
-        for stream in streams:
-            while True:
-                ready, _ = ray.wait([stream], timeout=self._silent_seconds, fetch_local=False)
-                if not ready:
-                    self.check_alive()
-                    continue
-                try:
-                    yield next(stream)
-                except StopIteration:
-                    break
+    def weights(self) -> Iterator[tuple[Any, ...]]:
+        """The weight buckets of all stages, as they become ready.
+
+        Each as references to what the stage's tensor-parallel ranks have of it, in their order.
+        """
+        if not self._stages:
+            for rank, stage in zip(self._ranks, self._call("stage"), strict=True):
+                if stage is not None:
+                    self._stages.setdefault(stage, []).append(rank)
+        stages = [
+            [rank.weights.options(num_returns="streaming").remote() for rank in ranks]
+            for _, ranks in sorted(self._stages.items())
+        ]
+        for streams in stages:
+            while parts := tuple(p for p in map(self._next, streams) if p is not None):
+                yield parts
+        # A rank that raised has ended its stream early: what it raised, rather than the engines'
+        # complaint about tensors that never came.
+        self._get([stream.completed() for streams in stages for stream in streams])
+
+    def _next(self, stream: Any) -> Any:
+        """The next reference of a rank's stream, or None at its end."""
+        while True:
+            ready, _ = ray.wait([stream], timeout=self._silent_seconds, fetch_local=False)
+            if ready:
+                return next(stream, None)
+            self.check_alive()
 
     def weight_checksums(self, dtype: str) -> dict[str, str]:
         """Checksum of every published weight, as an engine of type `dtype` would hold it."""
@@ -234,6 +265,18 @@ class PolicyGroup:
         for process in stopped:
             process.kill()
         self._ranks, self._processes = [], []
+
+
+def _environment(threads: int | None, neighbours: int) -> dict[str, str]:
+    """Of a rank that shares its node with others."""
+    variables = {
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+        "LOCAL_WORLD_SIZE": str(neighbours),
+        # Rank 0's store is there before torch.distributed starts: every rank only joins it.
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    return variables | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
 
 
 def merge_records(per_rank: list[list[dict[str, float]]]) -> list[dict[str, float]]:

@@ -19,10 +19,17 @@ if TYPE_CHECKING:
 
 
 class RunPrompts(NamedTuple):
-    """Training prompts, endless; and validation prompts, the same for every run and seed."""
+    """The prompts of a run.
+
+    Attributes:
+        stream: to train on, endless.
+        validation: the same for every run and seed.
+        never_trained: tasks that are only validated.
+    """
 
     stream: PromptStream
     validation: list[Prompt]
+    never_trained: frozenset[str] = frozenset()
 
 
 def load_prompts(
@@ -45,13 +52,17 @@ def load_prompts(
     data = recipe.data
     opened = _Opened(recipe, ChatRenderer(tokenizer, data.max_prompt_tokens), generator)
     sources = [opened.source(index, source) for index, source in enumerate(data.sources)]
+    held_out = [source.held_out(recipe.validation.prompts_per_task) for source in sources]
+    trained = [source for source, entry in zip(sources, data.sources, strict=True) if entry.train]
     return RunPrompts(
-        stream=PromptStream(sources, [s.weight for s in data.sources], recipe.seed, on_drop),
-        validation=[
-            prompt
-            for source in sources
-            for prompt in source.held_out(recipe.validation.prompts_per_task)
-        ],
+        stream=PromptStream(trained, [s.weight for s in data.trained], recipe.seed, on_drop),
+        validation=[prompt for prompts in held_out for prompt in prompts],
+        never_trained=frozenset(
+            prompt.task
+            for prompts, entry in zip(held_out, data.sources, strict=True)
+            for prompt in prompts
+            if not entry.train
+        ),
     )
 
 

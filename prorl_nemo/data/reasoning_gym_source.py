@@ -140,6 +140,83 @@ def _end(
     scratch.cleanup()
 
 
+class TaskItems:
+    """Items of one task, checked once: what sources and pretraining ask the generator for.
+
+    Args:
+        key: where the recipe speaks of this task, for error messages.
+
+    Raises:
+        RecipeError: unknown task, unknown or wrong setting.
+    """
+
+    def __init__(
+        self, task: str, config: dict[str, Any], generator: ReasoningGymGenerator, key: str
+    ) -> None:
+        self.task, self._config, self._generator, self.key = task, config, generator, key
+        self._deaths = 0
+        self.version = self._check()
+
+    def entry(self, split: str, slot: int, seed: str, size: int) -> dict[str, Any]:
+        """Question, answer and metadata of a slot, 0 <= slot < size.
+
+        Raises:
+            PromptDropped: the slot has no usable item.
+            RecipeError: the generator died on several items in a row.
+        """
+        try:
+            answer = self._generator.ask(
+                op="item",
+                task=self.task,
+                config=self._config,
+                seed=seed,
+                size=size,
+                split=split,
+                slot=slot,
+            )
+        except GeneratorDied as death:
+            self._deaths += 1
+            if self._deaths == _DEATHS_IN_A_ROW:
+                raise RecipeError(
+                    f"{self.key}.config: generating {self.task} died or hung "
+                    f"{self._deaths} times in a row ({death}); its settings leave nothing to find"
+                ) from None
+            raise PromptDropped(f"generator died: {death}") from None
+        self._deaths = 0
+        if "dropped" in answer:
+            raise PromptDropped(answer["dropped"])
+        found: dict[str, Any] = answer["entry"]
+        return found
+
+    def _check(self) -> str:
+        try:
+            json.dumps(self._config, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise RecipeError(
+                f"{self.key}.config: numbers, strings, lists and mappings only ({error})"
+            ) from None
+        try:
+            answer = self._generator.ask(op="check", task=self.task, config=self._config)
+        except GeneratorDied as death:
+            raise RecipeError(
+                f"{self.key}: reasoning-gym cannot be used ({death}); is it installed?"
+            ) from None
+        if "unknown_task" in answer:
+            raise RecipeError(
+                f"{self.key}.task: Reasoning Gym has no task {self.task!r}"
+                f"{_nearest(self.task, answer['unknown_task'])}"
+            )
+        if "unknown_key" in answer:
+            unknown, known = answer["unknown_key"], answer["known"]
+            hint = _nearest(unknown, known) or f"; it has: {', '.join(known)}"
+            raise RecipeError(f"{self.key}.config.{unknown}: unknown setting of {self.task}{hint}")
+        if "bad_config" in answer:
+            reason = answer["bad_config"]
+            raise RecipeError(f"{self.key}.config: {self.task} refuses it ({reason})")
+        version: str = answer["version"]
+        return version
+
+
 class ReasoningGymSource:
     """One task: training prompts by slot, and held-out prompts.
 
@@ -177,13 +254,12 @@ class ReasoningGymSource:
         self._config = config
         self._seed = seed
         self._renderer = renderer
-        self._generator = generator
         self._worked_examples = worked_examples
         self._system_prompt = system_prompt
         self._key = key
         self._examples: dict[str, list[tuple[str, str]]] = {}
-        self._deaths = 0
-        self.version = self._check()
+        self._items = TaskItems(task, config, generator, key)
+        self.version = self._items.version
 
     @property
     def fingerprint(self) -> str:
@@ -278,57 +354,8 @@ class ReasoningGymSource:
         return list(pool.items())
 
     def _entry(self, split: str, slot: int, seed: str) -> dict[str, Any]:
-        try:
-            answer = self._generator.ask(
-                op="item",
-                task=self.task,
-                config=self._config,
-                seed=seed,
-                size=_EXAM_SLOTS if seed == _EXAM_SEED else self.size,
-                split=split,
-                slot=slot,
-            )
-        except GeneratorDied as death:
-            self._deaths += 1
-            if self._deaths == _DEATHS_IN_A_ROW:
-                raise RecipeError(
-                    f"{self._key}.config: generating {self.task} died or hung "
-                    f"{self._deaths} times in a row ({death}); its settings leave nothing to find"
-                ) from None
-            raise PromptDropped(f"generator died: {death}") from None
-        self._deaths = 0
-        if "dropped" in answer:
-            raise PromptDropped(answer["dropped"])
-        entry: dict[str, Any] = answer["entry"]
-        return entry
-
-    def _check(self) -> str:
-        try:
-            json.dumps(self._config, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise RecipeError(
-                f"{self._key}.config: numbers, strings, lists and mappings only ({error})"
-            ) from None
-        try:
-            answer = self._generator.ask(op="check", task=self.task, config=self._config)
-        except GeneratorDied as death:
-            raise RecipeError(
-                f"{self._key}: reasoning-gym cannot be used ({death}); is it installed?"
-            ) from None
-        if "unknown_task" in answer:
-            raise RecipeError(
-                f"{self._key}.task: Reasoning Gym has no task {self.task!r}"
-                f"{_nearest(self.task, answer['unknown_task'])}"
-            )
-        if "unknown_key" in answer:
-            unknown, known = answer["unknown_key"], answer["known"]
-            hint = _nearest(unknown, known) or f"; it has: {', '.join(known)}"
-            raise RecipeError(f"{self._key}.config.{unknown}: unknown setting of {self.task}{hint}")
-        if "bad_config" in answer:
-            reason = answer["bad_config"]
-            raise RecipeError(f"{self._key}.config: {self.task} refuses it ({reason})")
-        version: str = answer["version"]
-        return version
+        size = _EXAM_SLOTS if seed == _EXAM_SEED else self.size
+        return self._items.entry(split, slot, seed, size)
 
 
 def _nearest(name: str, known: list[str]) -> str:

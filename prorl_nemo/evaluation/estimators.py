@@ -167,7 +167,7 @@ def outcome_shares(outcomes: Sequence[Outcome]) -> OutcomeShares:
         raise ValueError("no samples")
     counts: dict[str, int] = dict.fromkeys(OutcomeShares.__dataclass_fields__, 0)
     for outcome in outcomes:
-        kind = _kind(outcome)
+        kind = kind_of(outcome.score, outcome.reason)
         counts[kind] += 1
         counts["truncated"] += outcome.truncated
         counts["no_answer_truncated"] += outcome.truncated and kind == "no_answer"
@@ -176,10 +176,11 @@ def outcome_shares(outcomes: Sequence[Outcome]) -> OutcomeShares:
     return OutcomeShares(**shares)
 
 
-def _kind(outcome: Outcome) -> str:
-    if outcome.score > 0:
-        return "right" if outcome.score == 1.0 else "partial"
-    return "no_answer" if outcome.reason.split(":")[0] in _FORMAT_FAILURES else "wrong"
+def kind_of(score: float, reason: str) -> str:
+    """What became of a sample, in one word: right, partial, no_answer or wrong."""
+    if score > 0:
+        return "right" if score == 1.0 else "partial"
+    return "no_answer" if reason.split(":")[0] in _FORMAT_FAILURES else "wrong"
 
 
 def _variance(values: Sequence[float]) -> float:

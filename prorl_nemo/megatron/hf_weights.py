@@ -13,7 +13,7 @@ split by columns, embeddings and output layer by rows.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from prorl_nemo.errors import ModelError
+from prorl_nemo.rollout.weights import Piece, join
 
 Get = Callable[[str], Tensor]
 
@@ -44,25 +45,30 @@ class Shape:
 class Rule:
     """One Megatron parameter: its Hugging Face names and the two directions.
 
-    load(get, rank, ranks) -> this rank's tensor; export(whole shards of all
-    ranks, in rank order) -> the Hugging Face tensors, in the order of `names`.
+    load(get, rank, ranks) -> this rank's tensor; pieces(that tensor) -> the rank's piece of each
+    Hugging Face tensor, in the order of `names`, as views where that can be. The pieces of all
+    ranks, joined along `dim`, are `sizes` long there; what is beyond was added to make ranks
+    equal. Without a `dim` every rank has the whole.
     """
 
     names: tuple[str, ...]
     load: Callable[[Get, int, int], Tensor]
-    export: Callable[[list[Tensor]], list[Tensor]]
+    pieces: Callable[[Tensor], list[Tensor]] = lambda shard: [shard]
+    dim: int | None = None
+    sizes: tuple[int | None, ...] = (None,)
+
+    def export(self, shards: Sequence[Tensor]) -> list[Tensor]:
+        """The Hugging Face tensors, from the shards of all ranks in their order."""
+        by_name = zip(*(self.pieces(shard) for shard in shards), strict=True)
+        return [join(p, self.dim, size) for p, size in zip(by_name, self.sizes, strict=True)]
 
 
 def _copied(name: str) -> Rule:
-    return Rule((name,), lambda get, r, n: get(name), lambda shards: [shards[0]])
+    return Rule((name,), lambda get, r, n: get(name))
 
 
 def _split(name: str, dim: int) -> Rule:
-    return Rule(
-        (name,),
-        lambda get, r, n: get(name).chunk(n, dim)[r],
-        lambda shards: [torch.cat(shards, dim)],
-    )
+    return Rule((name,), lambda get, r, n: get(name).chunk(n, dim)[r], dim=dim)
 
 
 def _vocabulary(name: str, shape: Shape) -> Rule:
@@ -76,7 +82,7 @@ def _vocabulary(name: str, shape: Shape) -> Rule:
             part = torch.cat((part, part.new_zeros(rows - part.shape[0], *part.shape[1:])))
         return part
 
-    return Rule((name,), load, lambda shards: [torch.cat(shards)[: shape.vocab]])
+    return Rule((name,), load, dim=0, sizes=(shape.vocab,))
 
 
 def _gate_up(prefix: str) -> Rule:
@@ -85,17 +91,14 @@ def _gate_up(prefix: str) -> Rule:
     def load(get: Get, rank: int, ranks: int) -> Tensor:
         return torch.cat([get(name).chunk(ranks)[rank] for name in names])
 
-    def export(shards: list[Tensor]) -> list[Tensor]:
-        halves = [shard.chunk(2) for shard in shards]
-        return [torch.cat([half[i] for half in halves]) for i in (0, 1)]
-
-    return Rule(names, load, export)
+    return Rule(names, load, lambda shard: list(shard.chunk(2)), dim=0, sizes=(None, None))
 
 
 def _qkv(prefix: str, kind: str, shape: Shape) -> Rule:
     names = tuple(f"{prefix}.{p}_proj.{kind}" for p in "qkv")
     per_group = shape.heads // shape.groups
     added = shape.padded_groups - shape.groups
+    rows = [per_group * shape.head_dim, shape.head_dim, shape.head_dim]
 
     def load(get: Get, rank: int, ranks: int) -> Tensor:
         share = shape.padded_groups // ranks
@@ -109,15 +112,11 @@ def _qkv(prefix: str, kind: str, shape: Shape) -> Rule:
         whole = torch.cat((whole, whole.new_zeros(added, *whole.shape[1:])))
         return whole[mine].reshape(-1, *rest)
 
-    def export(shards: list[Tensor]) -> list[Tensor]:
-        whole = torch.cat(shards)
-        rest = whole.shape[1:]
-        whole = whole.view(-1, (per_group + 2) * shape.head_dim, *rest)
-        whole = whole[: shape.groups]
-        sizes = [per_group * shape.head_dim, shape.head_dim, shape.head_dim]
-        return [part.reshape(-1, *rest) for part in whole.split(sizes, dim=1)]
+    def pieces(shard: Tensor) -> list[Tensor]:
+        groups = shard.unflatten(0, (-1, sum(rows)))
+        return [part.flatten(0, 1) for part in groups.split(rows, dim=1)]
 
-    return Rule(names, load, export)
+    return Rule(names, load, pieces, dim=0, sizes=tuple(shape.groups * r for r in rows))
 
 
 def _output_projection(name: str, shape: Shape) -> Rule:
@@ -128,7 +127,7 @@ def _output_projection(name: str, shape: Shape) -> Rule:
     def load(get: Get, rank: int, ranks: int) -> Tensor:
         return torch.nn.functional.pad(get(name), (0, added)).chunk(ranks, 1)[rank]
 
-    return Rule((name,), load, lambda shards: [torch.cat(shards, 1)[:, :columns]])
+    return Rule((name,), load, dim=1, sizes=(columns,))
 
 
 def rule_for(name: str, layer_offset: int, shape: Shape) -> Rule:
@@ -226,6 +225,20 @@ def load_weights(
 
 
 @torch.no_grad()
+def export_pieces(model: torch.nn.Module, layer_offset: int, shape: Shape) -> Iterator[Piece]:
+    """This tensor-parallel rank's part of one model chunk, without a collective.
+
+    Pieces come in the same order on every rank, and are joined by whoever gets all of them.
+    They may share memory with the model: copy what is to be kept.
+    """
+    for name, parameter in model.named_parameters():
+        rule = rule_for(name, layer_offset, shape)
+        parts = rule.pieces(parameter.detach())
+        for hf_name, part, size in zip(rule.names, parts, rule.sizes, strict=True):
+            yield Piece(hf_name, part, rule.dim, size)
+
+
+@torch.no_grad()
 def export_weights(
     model: torch.nn.Module, layer_offset: int, shape: Shape, group: Any
 ) -> Iterator[tuple[str, Tensor]]:
@@ -241,7 +254,7 @@ def export_weights(
         rule = rule_for(name, layer_offset, shape)
         shard = parameter.detach().contiguous()
         shards = [shard]
-        if ranks > 1:
+        if ranks > 1 and rule.dim is not None:
             shards = [torch.empty_like(shard) for _ in range(ranks)] if first else []
             dist.gather(shard, shards or None, group=group, group_dst=0)
         if first:

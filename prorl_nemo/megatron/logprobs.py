@@ -33,6 +33,7 @@ def response_logprobs(
     temperature: float,
     vocab_size: int,
     group: Any = None,
+    exact: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target under softmax(hidden @ weight.T / temperature).
 
@@ -44,12 +45,14 @@ def response_logprobs(
         vocab_size: the true vocabulary; rows beyond it are padding and get no probability
             (a zero row would otherwise add exp(0) to every partition sum).
         group: tensor-parallel process group, or None.
+        exact: products of bf16 numbers come out in fp32 (`product`), otherwise in bf16. What
+            follows a product is fp32 in any case.
 
     Returns:
         (logprobs, entropy), both [tokens] fp32. Gradients flow through logprobs only.
     """
     logprobs, entropy = _LinearLogProbs.apply(
-        hidden, weight, targets, float(temperature), vocab_size, group
+        hidden, weight, targets, float(temperature), vocab_size, group, exact
     )
     return logprobs, entropy
 
@@ -64,11 +67,13 @@ class _LinearLogProbs(torch.autograd.Function):
         temperature: float,
         vocab_size: int,
         group: Any,
+        exact: bool,
     ) -> tuple[Tensor, Tensor]:
         ctx.ranks = dist.get_world_size(group) if group is not None else 1
         ctx.first = weight.shape[0] * (dist.get_rank(group) if ctx.ranks > 1 else 0)
         ctx.real = max(0, min(weight.shape[0], vocab_size - ctx.first))
         ctx.temperature, ctx.group = temperature, group
+        ctx.product = product if exact else torch.matmul
         logprobs = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
         entropy, log_partition = torch.empty_like(logprobs), torch.empty_like(logprobs)
         for part in _slices(hidden.shape[0], _BLOCK_TOKENS):
@@ -116,11 +121,11 @@ class _LinearLogProbs(torch.autograd.Function):
                 local, inside = _local(ctx, targets[part], block)
                 delta.scatter_add_(1, local, inside.to(delta.dtype)[:, None])
                 delta = delta.mul_(scale[part][:, None]).to(weight.dtype)
-                grad_hidden[part] += product(delta, weight[block])
-                grad_weight[block] += product(delta.t(), hidden[part].to(weight.dtype))
+                grad_hidden[part] += ctx.product(delta, weight[block])
+                grad_weight[block] += ctx.product(delta.t(), hidden[part].to(weight.dtype))
         if ctx.ranks > 1:
             dist.all_reduce(grad_hidden, group=ctx.group)
-        return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), None, None, None, None
+        return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), *[None] * 5
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:
@@ -135,8 +140,8 @@ def _columns(ctx: Any, hidden: Tensor) -> Iterator[slice]:
 
 def _logits(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
     """A block of logits over the temperature, [tokens, columns] fp32."""
-    if hidden.dtype == weight.dtype:
-        logits = product(hidden, weight.t())
+    if ctx.product is torch.matmul or hidden.dtype == weight.dtype:
+        logits = ctx.product(hidden.to(weight.dtype), weight.t()).float()
     else:
         # fp32 hidden states with a bf16 weight: as the sum of two bf16 numbers each, to 16 bits.
         high = hidden.to(weight.dtype)

@@ -41,6 +41,7 @@ class PolicyModel(GPTModel):
     """
 
     true_vocab_size: int
+    exact_logits: bool
 
     def _postprocess(
         self, hidden_states: Tensor, *args: Any, packed_seq_params: Any = None, **kwargs: Any
@@ -65,6 +66,7 @@ class PolicyModel(GPTModel):
             row.temperature,
             self.true_vocab_size,
             parallel_state.get_tensor_model_parallel_group(),
+            exact=self.exact_logits,
         )
         return torch.stack((logprobs, entropy))
 
@@ -217,6 +219,7 @@ def _build_chunk(
         vp_stage=stage if policy.virtual_pipeline > 1 else None,
     )
     model.true_vocab_size = spec.vocab
+    model.exact_logits = policy.logits == "fp32"
     if torch.cuda.is_available():
         model.cuda()
     if policy.precision == "bf16":

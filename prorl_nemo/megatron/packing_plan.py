@@ -150,8 +150,8 @@ def _exchange(
         shares: the items of each rank, from the most to the least costly; kept so.
         loads: the sum of each rank's costs; kept so.
     """
-    # A millionth of a step is nothing; four swaps a rank are more than it takes to get there.
-    enough = 1e-6 * loads.mean()
+    # Under a token in millions; four swaps a rank are more than it takes to get there.
+    enough = 1e-7 * loads.mean()
     for _ in range(4 * len(shares)):
         heaviest = int(loads.argmax())
         heavy = costs[shares[heaviest]]

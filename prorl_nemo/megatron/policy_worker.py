@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
@@ -29,7 +30,7 @@ from prorl_nemo.megatron.precision import (
     transformer_engine_installed,
 )
 from prorl_nemo.recipe import Recipe
-from prorl_nemo.rollout.weights import tensor_checksum
+from prorl_nemo.rollout.weights import Piece, tensor_checksum
 from prorl_nemo.training.batch import StepSettings, TrainingBatch
 
 enable_cpu()
@@ -51,7 +52,7 @@ from prorl_nemo.megatron.model import (  # noqa: E402
 from prorl_nemo.megatron.optimizer import allocate_adam_state, build_optimizer  # noqa: E402
 from prorl_nemo.megatron.packing import PackedRow, build_row, context_share  # noqa: E402
 from prorl_nemo.megatron.ranks import start_ranks  # noqa: E402
-from prorl_nemo.megatron.row_loss import row_loss  # noqa: E402
+from prorl_nemo.megatron.row_loss import row_loss, supervised_row_loss  # noqa: E402
 
 
 class PolicyWorker:
@@ -192,19 +193,31 @@ class PolicyWorker:
         Sums (`*_sum`, `tokens`) are this rank's own share: the caller adds them over the
         ranks that report. `grad_norm`, `skipped` are the same on all.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = settings.learning_rate
-            decay = self.policy.optimizer.weight_decay
-            group["weight_decay"] = decay * group.get("wd_mult", 1.0)
+        self._set_rate(settings.learning_rate)
         records = []
         for groups in batch.minibatches(settings.minibatches):
-            sums, norm = self.gradient(batch, groups, settings)
-            skipped = not math.isfinite(norm)
-            if not skipped:
-                self.optimizer.step()
-            records.append({**sums, "grad_norm": norm, "skipped": float(skipped)})
+            records.append(self._update(*self.gradient(batch, groups, settings)))
         self._zero_grad()
         return records
+
+    def supervise(self, batch: TrainingBatch, learning_rate: float) -> list[dict[str, float]]:
+        """One update of next-token prediction on the batch's responses; figures as `train`'s."""
+        self._set_rate(learning_rate)
+        record = self._update(*self._gradient(batch, range(len(batch.groups)), supervised_row_loss))
+        self._zero_grad()
+        return [record]
+
+    def _set_rate(self, learning_rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+            decay = self.policy.optimizer.weight_decay
+            group["weight_decay"] = decay * group.get("wd_mult", 1.0)
+
+    def _update(self, sums: dict[str, float], norm: float) -> dict[str, float]:
+        skipped = not math.isfinite(norm)
+        if not skipped:
+            self.optimizer.step()
+        return {**sums, "grad_norm": norm, "skipped": float(skipped)}
 
     def gradient_norm(self, batch: TrainingBatch, settings: StepSettings) -> float:
         """Global gradient norm of the whole batch as one minibatch; nothing is updated."""
@@ -221,9 +234,14 @@ class PolicyWorker:
         self, batch: TrainingBatch, groups: range, settings: StepSettings
     ) -> tuple[dict[str, float], float]:
         """Gradients of one minibatch into the optimizer; figures and the global norm."""
+        loss = partial(row_loss, self.recipe.algorithm, batch, settings)
+        return self._gradient(batch, groups, loss)
+
+    def _gradient(
+        self, batch: TrainingBatch, groups: range, loss: Callable[..., Any]
+    ) -> tuple[dict[str, float], float]:
         self._zero_grad()
         rows = self._rows(batch, groups)
-        loss = partial(row_loss, self.recipe.algorithm, batch, settings)
         outputs = self._run(rows, loss, forward_only=False)
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
@@ -233,6 +251,17 @@ class PolicyWorker:
                 for name, value in output.items():
                     sums[name] = sums.get(name, 0.0) + float(value)
         return sums, norm
+
+    def resources(self) -> tuple[str, int]:
+        """The device's name, and the most bytes held on it since the last call.
+
+        On CPU: `cpu`, and what the process holds now.
+        """
+        if self.device.type == "cpu":
+            return "cpu", psutil.Process().memory_info().rss
+        peak = torch.cuda.max_memory_reserved()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.get_device_name(), peak
 
     # ---- reference ------------------------------------------------------------------------
 
@@ -275,19 +304,33 @@ class PolicyWorker:
                 parallel_state.get_tensor_model_parallel_group(),
             )
 
+    def export_pieces(self) -> Iterator[Piece]:
+        """This rank's pieces of its stages' tensors, without a collective."""
+        for chunk in self.chunks:
+            yield from hf_weights.export_pieces(
+                chunk, layer_offset(chunk), weight_shape(self.spec, self.policy)
+            )
+
     def weight_checksums(self, dtype: str) -> dict[str, str]:
         """Checksum of each exported weight as an engine of type `dtype` holds it."""
         kind = getattr(torch, dtype)
         found = {name: tensor_checksum(t, kind) for name, t in self.export_weights()}
         return found if self.publishes else {}
 
+    def stage(self) -> int | None:
+        """The pipeline stage whose weights this rank gives out, or None: another copy does."""
+        copy = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+        return None if copy else parallel_state.get_pipeline_model_parallel_rank()
+
     @property
     def publishes(self) -> bool:
         """Whether this rank's exported weights are the ones to use (one rank for each stage)."""
-        return (
-            parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
-            and parallel_state.get_tensor_model_parallel_rank() == 0
-        )
+        return self.stage() is not None and parallel_state.get_tensor_model_parallel_rank() == 0
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of this rank's stages."""
+        return sum(p.nbytes for chunk in self.chunks for p in chunk.parameters())
 
     def begin_save(self, folder: Path) -> None:
         """Copy policy, optimizer and reference, and start to write them into `folder`."""

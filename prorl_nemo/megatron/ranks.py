@@ -35,7 +35,8 @@ def start_ranks(
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     else:
         cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(policy.threads or max(1, cores // world_size))
+        neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        torch.set_num_threads(policy.threads or max(1, cores // neighbours))
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
         init_method=init_method,

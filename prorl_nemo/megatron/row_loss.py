@@ -88,6 +88,23 @@ def row_loss(
     return loss, torch.tensor(logprobs.numel(), dtype=torch.int, device=device), figures
 
 
+def supervised_row_loss(row: PackedRow, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Cross-entropy summed over the response tokens held here: next-token prediction.
+
+    Returns:
+        as `row_loss`; of the figures, `loss_sum` is in nats.
+    """
+    logprobs = output[0]
+    count = logprobs.numel() if row.sample_ids else 0
+    loss = -logprobs.sum() if count else output.sum()
+    tokens = torch.tensor(count, dtype=torch.int, device=output.device)
+    if not count:
+        return loss, tokens, {}
+    # The schedule divides the loss in place: figures are copies.
+    figures = {"tokens": torch.tensor(float(count)), "loss_sum": loss.detach().clone()}
+    return loss, tokens, figures
+
+
 def _flat(figures: list[NDArray[np.float32]], row: PackedRow, device: torch.device) -> Tensor:
     """Per-token figures of the row's samples, end to end."""
     return torch.from_numpy(np.concatenate([figures[s] for s in row.sample_ids])).to(device)

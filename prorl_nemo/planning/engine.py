@@ -2,7 +2,7 @@
 
 Decoding is bound by what a step must read, weights and the KV cache of all sequences, or by what it
 must compute (the roofline of Williams et al., CACM 52(4), 2009). Engines stay loaded while the
-policy is trained: the training loop does not put them to sleep.
+policy is trained, unless `rollout.sleep_in_updates` lets them drop weights and cache.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from prorl_nemo.recipe import Recipe
 
 MAX_SEQUENCES = 256
 """`max_sequences` of `rollout/engine_settings.py`."""
+_ASLEEP = 3 * GIB // 2  # Graphs, buffers and context that a sleeping engine keeps. Our choice.
 _ACTIVATIONS = 3 * GIB // 2  # Of an engine's prefill, with its graphs. Our choice.
 
 
@@ -25,16 +26,23 @@ class Engine:
 
     Attributes:
         activations: of its prefill and CUDA graphs.
+        sleeps: whether weights and cache are dropped while the policy is trained.
     """
 
     weights: int
     activations: int
     kv_cache: int
     token: int
+    sleeps: bool = False
 
     @property
     def total(self) -> int:
         return self.weights + self.activations + self.kv_cache
+
+    @property
+    def beside_updates(self) -> int:
+        """What the trainer cannot have while it works."""
+        return _ASLEEP if self.sleeps else self.total
 
     def sequences(self, context: float) -> int:
         """How many of `context` tokens run at once."""
@@ -52,7 +60,7 @@ def engine_memory(recipe: Recipe, spec: ModelSpec, gpu: Gpu) -> Engine:
     else:
         cache = int(gpu.memory * rollout.gpu_memory_share) - weights - _ACTIVATIONS
     token = 2 * spec.layers * spec.groups * spec.head_dim * w
-    return Engine(weights, _ACTIVATIONS, cache, token)
+    return Engine(weights, _ACTIVATIONS, cache, token, rollout.sleep_in_updates)
 
 
 @dataclass(frozen=True)

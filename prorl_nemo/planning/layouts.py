@@ -65,8 +65,8 @@ def longest_response(recipe: Recipe) -> int:
 
 
 def room(gpu: Gpu, engine: Engine) -> int:
-    """Bytes for the trainer beside an engine that stays loaded."""
-    return int(gpu.memory * (1 - FREE_SHARE)) - RUNTIME - engine.total
+    """Bytes for the trainer while it works, beside its engine."""
+    return int(gpu.memory * (1 - FREE_SHARE)) - RUNTIME - engine.beside_updates
 
 
 def examine(
@@ -84,6 +84,11 @@ def examine(
         reason = (
             f"memory: the trainer needs {memory.peak / GIB:.1f} GiB at its peak, "
             f"{max(left, 0) / GIB:.1f} GiB are left beside the engine"
+        )
+    elif memory.standing > left - (engine.total - engine.beside_updates):
+        reason = (
+            f"memory: weights, gradients and optimizer stay while the engine works: "
+            f"{memory.standing / GIB:.1f} GiB, beside its {engine.total / GIB:.1f} GiB"
         )
     return Layout(policy, row, memory, time, reason)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from prorl_nemo.errors import ModelError
@@ -55,6 +56,20 @@ _SMOLLM2_135M = ModelSpec(
     qkv_bias=False,
     qk_norm=False,
 )
+_QWEN2_5_MATH_1_5B = replace(_R1_QWEN_1_5B, max_positions=4096, tied=True)
+_TINY_ARITHMETIC = replace(
+    _SMOLLM2_135M,
+    layers=2,
+    hidden=64,
+    ffn=128,
+    heads=2,
+    groups=1,
+    head_dim=32,
+    vocab=512,
+    norm_eps=1e-6,
+    rope_theta=10000.0,
+    max_positions=2048,
+)
 _LLAMA_3_1_8B = ModelSpec(
     family="llama",
     layers=32,
@@ -74,9 +89,11 @@ _LLAMA_3_1_8B = ModelSpec(
 )
 KNOWN = {
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": _R1_QWEN_1_5B,
+    "Qwen/Qwen2.5-Math-1.5B": _QWEN2_5_MATH_1_5B,
     "Qwen/Qwen3-4B": _QWEN3_4B,
     "meta-llama/Llama-3.1-8B": _LLAMA_3_1_8B,
     "smollm2-135m-instruct": _SMOLLM2_135M,
+    "tiny-arithmetic": _TINY_ARITHMETIC,
     # What recipes/nemotron_1.5b/v2.yaml begins with, planned before v1 has made it.
     "exports/nemotron_1.5b_v1": _R1_QWEN_1_5B,
 }

@@ -95,6 +95,9 @@ def _memory(plan: Plan, layout: Layout) -> Table:
         ("kept free", int(FREE_SHARE * plan.gpu.memory)),
     ):
         table.add_row(label, *[_gib(value)] * len(memories))
+    if engine.sleeps:
+        freed = engine.total - engine.beside_updates
+        table.add_row("freed by the sleeping engine", *[_gib(-freed)] * len(memories))
     left = room(plan.gpu, engine)
     table.add_row("left over", *(_gib(left - m.peak) for m in memories), style="bold")
     table.add_row("host memory: reference, checkpoint", *(_gib(m.host) for m in memories))

@@ -21,12 +21,14 @@ from typing import Any
 
 from prorl_nemo.errors import UserError
 from prorl_nemo.reporting.run import (
+    DECISION,
     Run,
     breaks,
     columns,
     compact,
     cosine_spans,
     event_steps,
+    kl_threshold,
     read_run,
     setting_differences,
     stages,
@@ -34,7 +36,7 @@ from prorl_nemo.reporting.run import (
 )
 from prorl_nemo.training.metrics import plain
 
-SCRIPTS = ("series.js", "chart.js", "page.js")
+SCRIPTS = ("series.js", "elements.js", "chart.js", "samples.js", "page.js")
 
 
 def write_report(run_dirs: Sequence[Path], out: Path) -> None:
@@ -65,11 +67,12 @@ def render_page(runs: Sequence[Run]) -> str:
         "runs": [_run_data(run, name) for run, name in zip(runs, names, strict=True)],
         "differences": setting_differences(runs) if len(runs) > 1 else [],
     }
-    script = "\n".join(_asset(name) for name in SCRIPTS)
-    style = _asset("report.css")
-    return Template(_asset("template.html")).substitute(
-        policy=f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; "
-        "base-uri 'none'; form-action 'none'",
+    script = "\n".join(asset(name) for name in SCRIPTS)
+    style = asset("report.css")
+    return Template(asset("template.html")).substitute(
+        kind="ProRL run report",
+        policy=f"default-src 'none'; script-src {script_hash(script)}; "
+        f"style-src {script_hash(style)}; base-uri 'none'; form-action 'none'",
         title=html.escape(" · ".join(names)),
         about=html.escape(f"{models} — {written}"),
         style=style,
@@ -87,14 +90,14 @@ def embed(data: Any) -> str:
 def _run_data(run: Run, name: str) -> dict[str, Any]:
     return {
         "name": name,
-        "train": columns(run.train),
+        "train": columns(run.train) | kl_threshold(run),
         "validation": columns(run.validation),
         "stages": stages(run),
         "cosine": cosine_spans(run),
         "breaks": breaks(run),
         "resets": event_steps(run, "reference_reset"),
         "restarts": event_steps(run, "resumed"),
-        "events": [_event(event) for event in run.events],
+        "events": [_event(event) for event in run.events if event.get("event") != DECISION],
         "samples": run.samples,
         "recipe": run.recipe_text,
         "summary": summary(run),
@@ -119,10 +122,12 @@ def _distinct(names: list[str]) -> list[str]:
     ]
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """A file of the page."""
     return (files("prorl_nemo.reporting") / "assets" / name).read_text(encoding="utf-8")
 
 
-def _hash(text: str) -> str:
+def script_hash(text: str) -> str:
+    """How a content security policy names a script or style of the page itself."""
     digest = hashlib.sha256(text.encode("utf-8")).digest()
     return f"'sha256-{base64.b64encode(digest).decode()}'"

@@ -31,6 +31,7 @@ SAMPLE_STEPS = 40  # steps whose samples a page carries, first and last included
 SAMPLES_PER_STEP = 12
 SAMPLES_READ_PER_STEP = 1024  # the rest of a large file is not looked at
 TEXT_LIMIT = 9000  # characters of a turn or response; the middle of a longer one is left out
+DECISION = "reset_decision"  # one a step: drawn as a curve, not listed
 DIGITS = 5  # significant, of every number a page carries
 
 
@@ -131,6 +132,18 @@ def breaks(run: Run) -> list[int]:
     """Steps that open a new regime (after a reset, with a new stage): no average crosses them."""
     resets = {step + 1 for step in event_steps(run, "reference_reset")}
     return sorted({*resets, *(stage["from"] for stage in stages(run)[1:])})
+
+
+def kl_threshold(run: Run) -> dict[str, list[float | None]]:
+    """The column `reset/kl_threshold`: above which each step's KL would have been a spike."""
+    figures = {
+        row["step"]: row.get("figures")
+        for row in run.events
+        if row.get("event") in (DECISION, "reference_reset") and isinstance(row.get("step"), int)
+    }
+    values = [figures.get(row["step"]) for row in run.train]
+    column = [compact(v.get("kl_threshold")) if isinstance(v, dict) else None for v in values]
+    return {"reset/kl_threshold": column} if any(v is not None for v in column) else {}
 
 
 def event_steps(run: Run, event: str) -> list[int]:

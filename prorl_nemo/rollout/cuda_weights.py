@@ -39,8 +39,8 @@ class CudaBucket:
     handle: tuple[Any, ...]
     entries: tuple[Entry, ...]
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors, as views of the sender's memory: read them, never write.
+    def tensors(self, *others: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors, whole, as views of the sender's memory: read them, never write.
 
         Raises:
             ValueError: this process works on another GPU.
@@ -62,12 +62,12 @@ class CudaBucket:
 def share_buckets(
     named_tensors: Iterable[tuple[str, torch.Tensor]],
     dtype: torch.dtype | None = None,
-    bucket_bytes: int = BUCKET_BYTES,
+    limit: int = BUCKET_BYTES[1],
 ) -> Iterator[tuple[CudaBucket, torch.Tensor]]:
     """As `weights.pack_buckets`, each bucket with the buffer that must live while it is in use."""
     from torch.multiprocessing.reductions import reduce_tensor
 
-    for tensors in _portions(named_tensors, dtype, bucket_bytes):
+    for tensors in _portions(named_tensors, dtype, limit):
         buffer, entries = lay_out(tensors)
         # The copies must have happened before another process reads.
         torch.cuda.current_stream().synchronize()

@@ -31,6 +31,7 @@ from prorl_nemo.rollout.seeds import continuation_seed
 from prorl_nemo.rollout.weights import Bucket, weight_checksums
 
 T = TypeVar("T")
+_Buckets = queue.Queue[tuple[Bucket, ...] | None]
 
 BUCKET_TIMEOUT_SECONDS = 300.0
 """Silence of the sender after which a weight update has failed."""
@@ -72,7 +73,7 @@ class VllmEngine:
         self._weight_version = 0
         self._steps = 0
         self._asleep = False
-        self._buckets: queue.Queue[Bucket | None] | None = None
+        self._buckets: _Buckets | None = None
         self._update: Future[None] | None = None
         self._shapes = checkpoint_shapes(Path(settings.model))
         ready: Future[None] = Future()
@@ -161,9 +162,12 @@ class VllmEngine:
         arriving = self._arriving(self._buckets)
         self._update = self._post(lambda: self._reload(version, arriving))
 
-    def load_bucket(self, bucket: Bucket) -> None:
-        """Hand over the next bucket; returns once the engine has room for another."""
-        self._offer(bucket)
+    def load_bucket(self, *parts: Bucket) -> None:
+        """Hand over the next bucket, or its part from every trainer rank that has pieces of it.
+
+        Returns once the engine has room for another.
+        """
+        self._offer(parts)
 
     def finish_update(self) -> None:
         """Close the update. Raises as `update_weights` does."""
@@ -408,15 +412,15 @@ class VllmEngine:
             checksums: dict[str, str] = self._llm.apply_model(compute)[0]
             return checksums
 
-    def _arriving(self, buckets: queue.Queue[Bucket | None]) -> Iterator[tuple[str, torch.Tensor]]:
+    def _arriving(self, buckets: _Buckets) -> Iterator[tuple[str, torch.Tensor]]:
         while True:
             try:
-                bucket = buckets.get(timeout=BUCKET_TIMEOUT_SECONDS)
+                parts = buckets.get(timeout=BUCKET_TIMEOUT_SECONDS)
             except queue.Empty:
                 raise EngineError(f"no weights for {BUCKET_TIMEOUT_SECONDS:.0f} seconds") from None
-            if bucket is None:
+            if parts is None:
                 return
-            yield from bucket.tensors()
+            yield from parts[0].tensors(*parts[1:])
 
     def _require_idle(self, what: str) -> None:
         if self._llm.has_unfinished_requests():
@@ -433,13 +437,13 @@ class VllmEngine:
     def _call(self, work: Callable[[], T]) -> T:
         return self._post(work).result()
 
-    def _offer(self, bucket: Bucket | None) -> None:
+    def _offer(self, parts: tuple[Bucket, ...] | None) -> None:
         if self._update is None or self._buckets is None:
             raise EngineError("no weight update is open: call begin_update first")
         deadline = time.monotonic() + BUCKET_TIMEOUT_SECONDS
         while not self._update.done():
             try:
-                self._buckets.put(bucket, timeout=0.2)
+                self._buckets.put(parts, timeout=0.2)
                 return
             except queue.Full:
                 if time.monotonic() > deadline:

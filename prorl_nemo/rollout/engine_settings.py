@@ -39,8 +39,14 @@ class EngineSettings:
     sleep: bool = False
 
     @classmethod
-    def from_recipe(cls, recipe: Recipe, model: Path) -> EngineSettings:
-        """Settings that serve every stage of a recipe."""
+    def from_recipe(
+        cls, recipe: Recipe, model: Path, neighbours: int | None = None
+    ) -> EngineSettings:
+        """Settings that serve every stage of a recipe.
+
+        Args:
+            neighbours: engines that share a machine; default: all of them.
+        """
         rollout = recipe.rollout
         limits = [s.max_response_tokens or rollout.max_response_tokens for s in recipe.stages]
         cores = os.cpu_count() or 1
@@ -54,8 +60,8 @@ class EngineSettings:
             kv_cache_bytes=cache and cache << 20,
             gpu_memory_share=rollout.gpu_memory_share,
             fp32_head=rollout.fp32_head,
-            threads=rollout.engine_threads or max(1, cores // rollout.engines),
-            sleep=torch.cuda.is_available(),
+            threads=rollout.engine_threads or max(1, cores // (neighbours or rollout.engines)),
+            sleep=rollout.sleep_in_updates and torch.cuda.is_available(),
         )
 
     def environment(self) -> dict[str, str]:

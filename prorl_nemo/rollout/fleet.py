@@ -156,7 +156,7 @@ class Fleet:
         self._max_restarts = max_restarts
         self._restart_window = restart_window
         self._restarts: deque[float] = deque()
-        self._weights: tuple[int, list[Any]] | None = None
+        self._weights: tuple[int, list[tuple[Any, ...]]] | None = None
         self._current = True
         self._early: list[GenerationResult] = []
         self._members = [_Member(index, self._spawn(index)) for index in range(count)]
@@ -272,8 +272,8 @@ class Fleet:
 
         Args:
             version: what samples made from now on are marked with.
-            buckets: `WeightBucket`s, or Ray references to them (a trainer rank's streaming
-                generator, so that weights do not pass through this process). The references are
+            buckets: `WeightBucket`s, or tuples of Ray references to them, one from each rank that
+                has pieces (so that weights do not pass through this process). The references are
                 kept until the next update: a restarted engine is sent them again.
 
         Raises:
@@ -285,11 +285,12 @@ class Fleet:
             member.actor.call.remote("begin_update", version)
         # The old buckets go first: the object store need not hold two sets of weights.
         self._weights, self._current = None, False
-        references: list[Any] = []
+        references: list[tuple[Any, ...]] = []
         for bucket in buckets:
-            references.append(ray.put(bucket) if isinstance(bucket, WeightBucket) else bucket)
+            parts = (ray.put(bucket),) if isinstance(bucket, WeightBucket) else bucket
+            references.append(parts)
             for member in self._members:
-                member.actor.call.remote("load_bucket", references[-1])
+                member.actor.call.remote("load_bucket", *parts)
         self._weights, self._current = (version, references), True
         self._ask(self._members, lambda m: m.actor.call.remote("finish_update"))
 
@@ -342,8 +343,9 @@ class Fleet:
         references = [call(member) for member in members]
         answers = []
         for member, reference in zip(members, references, strict=True):
+            limit = self._patience(member)
             try:
-                answers.append(ray.get(reference, timeout=self._start_seconds))
+                answers.append(ray.get(reference, timeout=limit))
             except RayActorError:
                 self._replace(member, "died")
                 answers.append(None)
@@ -353,7 +355,7 @@ class Fleet:
                 self._replace(member, f"failed: {error.cause}")
                 answers.append(None)
             except ray.exceptions.GetTimeoutError:
-                self._replace(member, f"gave no answer for {self._start_seconds:.0f} seconds")
+                self._replace(member, f"gave no answer for {limit:.0f} seconds")
                 answers.append(None)
         return answers
 
@@ -374,12 +376,15 @@ class Fleet:
         # A response is passed on once, and only while somebody wants it.
         return [r for r in results if member.requests.pop(r.request_id, None) is not None]
 
+    def _patience(self, member: _Member) -> float:
+        """Seconds of silence after which an engine counts as hung; starting takes longer."""
+        return self._hang_seconds if member.state is not None else self._start_seconds
+
     def _check_progress(self, member: _Member) -> None:
-        limit = self._hang_seconds if member.state is not None else self._start_seconds
         silent = member.silent
         if member.poll is not None:
             silent += time.monotonic() - member.asked
-        if member.requests and silent > limit:
+        if member.requests and silent > self._patience(member):
             self._replace(member, f"made no step for {silent:.0f} seconds")
 
     def _replace(self, member: _Member, reason: str) -> None:
@@ -401,7 +406,7 @@ class Fleet:
             version, references = self._weights
             member.actor.call.remote("begin_update", version)
             for reference in references:
-                member.actor.call.remote("load_bucket", reference)
+                member.actor.call.remote("load_bucket", *reference)
             member.actor.call.remote("finish_update")
         if member.requests:
             member.actor.call.remote("submit", list(member.requests.values()))

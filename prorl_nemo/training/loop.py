@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
-from prorl_nemo.errors import UserError
 from prorl_nemo.recipe import Recipe
 from prorl_nemo.rollout.dynamic_sampler import DynamicSampler
 from prorl_nemo.rollout.filling import Progress
@@ -22,14 +21,13 @@ from prorl_nemo.rollout.group_collector import Sampling
 from prorl_nemo.rollout.prompt_history import PromptHistory
 from prorl_nemo.schedule.collapse import CollapseWatch
 from prorl_nemo.schedule.mismatch_watch import MismatchWatch
-from prorl_nemo.schedule.reference_reset import Decision, ReferenceReset
-from prorl_nemo.training import step_metrics
+from prorl_nemo.training import resuming, step_metrics
 from prorl_nemo.training.batch import StepSettings, TrainingBatch
 from prorl_nemo.training.live_view import LiveView
 from prorl_nemo.training.metrics import RunLog
-from prorl_nemo.training.reset_rules import ResetRules
+from prorl_nemo.training.reference import Reference
 from prorl_nemo.training.rollout_batch import advantages_of, training_batch
-from prorl_nemo.training.run_state import Checkpoints, DamagedCheckpoint
+from prorl_nemo.training.run_state import Checkpoints
 from prorl_nemo.training.saving import Saver
 from prorl_nemo.training.session import Session
 from prorl_nemo.training.skipped_updates import SkippedUpdates
@@ -77,8 +75,7 @@ class Trainer:
         self.last_validation: dict[str, float] | None = None
         self.rules = StageRules(self.recipe)
         self.stages = self.rules.stages
-        self.reset_rules = ResetRules(self.recipe)
-        self.resets = ReferenceReset(self.reset_rules.settings(0))
+        self.reference = Reference(self.recipe, session.policy, checkpoints, self.saver, self.event)
         self.collapse = CollapseWatch()
         self.mismatch = MismatchWatch()
         self.sampler = DynamicSampler(
@@ -98,6 +95,7 @@ class Trainer:
             self.recipe.run_dir / "skipped", self.recipe.policy.optimizer.max_skipped_updates
         )
         self.updating = False
+        self._lost_rows_said = log.lost_rows
         self.engines_lost: FleetError | None = None
 
     # ---- the run --------------------------------------------------------------------------
@@ -113,7 +111,7 @@ class Trainer:
         try:
             if self.step == 0 and self.recipe.validation.at_start and self.validated_step < 0:
                 self.validate()
-                self.resets.observe(0, validation=self._validation_mean())
+                self.reference.resets.observe(0, validation=self._validation_mean())
             while self.step < self.stages.total_steps:
                 self._check_stop(self.update_seconds)
                 self.train_step()
@@ -169,10 +167,18 @@ class Trainer:
         validated = due and self._with_engines(self.validate)
         if validated:
             self._end_stalled_stage()
-        decision = self._decide_reset(row, validated)
+        decision = self.reference.after_step(
+            step,
+            stage.index,
+            self.rules.opening_reset(step),
+            row,
+            self._validation_mean() if validated else None,
+        )
         self.times["step"] = time.monotonic() - started
         row |= step_metrics.time_figures(self.times, rollout, batch)
+        row |= self.session.hardware_figures(batch, self.times.get("train", 0.0))
         self._write(row)
+        self._say_lost_rows()
         for warning in self.collapse.observe(step, row):
             self.event("collapse_warning", **asdict(warning))
         if mismatch := self.mismatch.observe(step, row):
@@ -188,6 +194,8 @@ class Trainer:
 
     def _update(self, batch: TrainingBatch, settings: StepSettings) -> list[dict[str, float]]:
         policy = self.session.policy
+        if self.recipe.rollout.sleep_in_updates:
+            self._with_engines(self.session.fleet.sleep)  # The new weights wake them.
         with self._phase("logprobs"):
             batch.old_logprobs, _ = policy.logprobs(batch)
         with self._phase("reference"):
@@ -234,8 +242,9 @@ class Trainer:
                     validation.top_p,
                 ),
             )
-        row = validation_row(groups) | {"step": self.step, "time/validate": self.times["validate"]}
-        best = self.resets.best
+        row = validation_row(groups, self.session.prompts.never_trained)
+        row |= {"step": self.step, "time/validate": self.times["validate"]}
+        best = self.reference.best
         row["validation/best"] = max(row["validation/mean"], best[1] if best else -1.0)
         self.last_validation, self.validated_step = row, self.step
         self._write(row)
@@ -246,111 +255,29 @@ class Trainer:
         if mean is not None and self.stages.observe(self.step, mean):
             self.event("stage_ended", stage=stage.index, planned_last_step=stage.last_step)
 
-    def _decide_reset(self, row: dict[str, Any], validated: bool) -> Decision:
-        stage = self.stages.at(self.step)
-        following = self.rules.opening_reset(self.step)
-        rules = stage.index if following is None else following
-        self.resets.settings = self.reset_rules.settings(rules)
-        self.resets.triggers = self.reset_rules.triggers(rules)
-        decision = self.resets.observe(
-            self.step,
-            kl=row.get("policy/kl"),
-            validation=self._validation_mean() if validated else None,
-            metrics=row,
-            due=None if following is None else "stage_start",
-        )
-        if not decision.reset:
-            self.log.event("reset_decision", self.step, reset=False, figures=decision.figures)
-            return decision
-        source, why = self._reset_reference(decision)
-        self.event(
-            "reference_reset",
-            trigger=decision.trigger,
-            source=source,
-            optimizer=decision.optimizer,
-            figures=decision.figures,
-            **({"best_unusable": why} if why else {}),
-        )
-        return decision
-
-    def _reset_reference(self, decision: Decision) -> tuple[str, str | None]:
-        """The reference from where the decision says, or from the policy if that cannot be read."""
-        policy, why = self.session.policy, None
-        best = decision.figures["best_step"]
-        policy.reset_reference(decision.optimizer == "clear")
-        if decision.source == "current" or best is None:
-            return "current", None
-        self.saver.collect(wait=True)
-        try:
-            self.checkpoints.verify(int(best))
-        except DamagedCheckpoint as reason:
-            why = f"step {int(best)}: {reason}"
-            return "current", why
-        policy.load_reference(self.checkpoints.path(int(best)) / "policy")
-        return "best", None
-
     # ---- state ----------------------------------------------------------------------------
 
     def save(self, last: bool = False) -> None:
         """A checkpoint of the last finished step, unless it has one."""
         self.view.phase("checkpoint", None)
-        best = self.resets.best if self.recipe.checkpoint.keep_best else None
-        self.saver.save(self.step, self.state_dict(), best[0] if best else None, last)
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that the rest of the run depends on beside the policy's tensors; JSON-able."""
-        return {
-            "step": self.step,
-            "recipe": self.recipe.fingerprint,
-            "validated_step": self.validated_step,
-            "last_validation": self.last_validation,
-            "skipped_in_a_row": self.skipped.in_a_row,
-            "stages": self.stages.state_dict(),
-            "resets": self.resets.state_dict(),
-            "collapse": self.collapse.state_dict(),
-            "mismatch": self.mismatch.state_dict(),
-            "prompts": self.session.prompts.stream.state_dict(),
-            "sampler": self.sampler.state_dict(),
-            "log": self.log.flushed_sizes(),
-        }
+        best = self.reference.best if self.recipe.checkpoint.keep_best else None
+        self.saver.save(self.step, resuming.state_of(self), best[0] if best else None, last)
 
     def resume(self) -> bool:
-        """Go on from the newest whole checkpoint; engines get the weights. False without one.
+        """Go on from the newest whole checkpoint; False without one. See `resuming.resume`."""
+        return resuming.resume(self)
 
-        Rows and samples logged after that step are cut: those steps are done again.
-        """
-        step, damaged = self.checkpoints.newest_whole()
-        if step is None:
-            return False
-        state = self.checkpoints.read_state(step)
-        try:
-            self._load_state(state)
-        except KeyError as error:
-            raise UserError(
-                f"{self.checkpoints.path(step)}: written by another version (no {error}); resume "
-                "with that version, or start a new run with name=NAME"
-            ) from None
-        self.session.policy.load(self.checkpoints.path(step) / "policy")
-        shorter = self.log.shorter_than(state["log"])
-        self.log.truncate_after(step)
-        self.session.sync_weights(step)
-        for other, reason in damaged.items():
-            self.event("checkpoint_damaged", damaged_step=other, reason=reason)
-        if shorter:
-            self.event("figures_missing", files=shorter)
-        self.event("resumed", checkpoint=str(self.checkpoints.path(step)))
-        return True
-
-    def _load_state(self, state: dict[str, Any]) -> None:
-        self.step, self.validated_step = state["step"], state["validated_step"]
-        self.last_validation = state["last_validation"]
-        self.skipped.in_a_row = state["skipped_in_a_row"]
-        self.stages.load_state_dict(state["stages"])
-        self.resets.load_state_dict(state["resets"])
-        self.collapse.load_state_dict(state["collapse"])
-        self.mismatch.load_state_dict(state["mismatch"])
-        self.session.prompts.stream.load_state_dict(state["prompts"])
-        self.sampler.load_state_dict(state["sampler"])
+    @property
+    def parts(self) -> dict[str, resuming.Stateful]:
+        """Whatever decides the steps to come and is no tensor, by its name in state.json."""
+        return {
+            "stages": self.stages,
+            "resets": self.reference.resets,
+            "collapse": self.collapse,
+            "mismatch": self.mismatch,
+            "prompts": self.session.prompts.stream,
+            "sampler": self.sampler,
+        }
 
     # ---- small things ---------------------------------------------------------------------
 
@@ -365,6 +292,14 @@ class Trainer:
         self.tracker.log(written)
         (self.view.step if row["kind"] == "train" else self.view.validation)(written)
 
+    def _say_lost_rows(self) -> None:
+        """An event for rows that a full disk has cost, once one can be written again."""
+        lost, before = self.log.lost_rows, self._lost_rows_said
+        if lost > before:
+            self.event("rows_lost", of="diary", rows=lost - before)
+            if self.log.lost_rows == lost:
+                self._lost_rows_said = lost
+
     def _history(self) -> PromptHistory | None:
         settings, stream = self.recipe.rollout.prompt_history, self.session.prompts.stream
         if settings is None:
@@ -377,22 +312,16 @@ class Trainer:
             self.session.fleet.reset_prefix_cache()
 
     def _announce(self, step: int) -> None:
-        """Events at the first step of a stage and at each switch of the length penalty."""
-        stage = self.stages.at(step)
-        if step == stage.first_step:
+        """What begins with a step: its stage, its data mix, the length penalty or its end."""
+        if step == self.stages.at(step).first_step:
             self.collapse.new_stage()
-            before = self.stages.stages[stage.index - 1] if stage.index else None
-            changes = stage.changes_from(before) if before else {}
-            row = {"stage": stage.index, "stage_name": stage.name, "changes": changes}
-            self.view.event(self.log.event("stage_started", step, **row))
         self.rules.mix(self.session.prompts.stream, step)
-        on = self.rules.cosine(step) is not None
-        if self.rules.has_cosine and (step == 1 or on != (self.rules.cosine(step - 1) is not None)):
-            self.view.event(self.log.event("cosine_penalty", step, on=on))
+        self.rules.announce(
+            step, lambda event, **more: self.view.event(self.log.event(event, step, **more))
+        )
 
     def _learning_rate(self, step: int) -> float:
-        stage = self.stages.at(step)
-        warmup = self.reset_rules.warmup(stage.index, step, self.resets.last_reset)
+        warmup = self.reference.warmup(self.stages.at(step).index, step)
         return self.rules.learning_rate(step) * warmup
 
     def _validation_mean(self) -> float | None:

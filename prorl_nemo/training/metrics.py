@@ -42,6 +42,7 @@ PROCESS_EVENTS = frozenset(
         "checkpoint_damaged",
         "checkpoint_failed",
         "figures_missing",
+        "rows_lost",
     }
 )
 
@@ -92,7 +93,7 @@ class RunLog:
 
         def write() -> None:
             path.parent.mkdir(exist_ok=True)
-            _replace(path, lines, durable=False)
+            replace_file(path, lines, durable=False)
 
         self._guard(write, path, len(lines))
 
@@ -169,7 +170,7 @@ class _Appender:
         kept = [row for row in rows if wanted(row)]
         if len(kept) < len(rows):
             self.close()
-            _replace(self.path, [_encode(row) for row in kept])
+            replace_file(self.path, [_encode(row) for row in kept])
             self._open()
         return len(rows) - len(kept)
 
@@ -284,7 +285,7 @@ def _mend(path: Path) -> None:
             file.write(b"\n")
 
 
-def _replace(path: Path, lines: Iterable[bytes], durable: bool = True) -> None:
+def replace_file(path: Path, lines: Iterable[bytes], durable: bool = True) -> None:
     """Write a file aside, then rename: a crash leaves the old one or the new one. Durable: so does
     a loss of power, at the price of waiting for the disk."""
     aside = path.with_name(path.name + ".part")

@@ -111,7 +111,8 @@ def _check_disk(recipe: Recipe, spec: ModelSpec) -> None:
     written = -(-recipe.total_steps // recipe.checkpoint.interval)
     # While one is written, those to keep are there still; the best may be one of its own.
     kept = recipe.checkpoint.keep_last + recipe.checkpoint.keep_best
-    most = min(written, kept + 1)
+    every = recipe.checkpoint.keep_every
+    most = min(written, kept + 1 + (recipe.total_steps // every if every else 0))
     there = len(list((recipe.run_dir / "checkpoints").glob("step_*")))
     needed = max(0, most - there) * checkpoint_bytes(recipe, spec)
     # os.path, because Path.is_dir raises where a parent may not be read.

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from prorl_nemo.cluster.placement import NodeLost
 from prorl_nemo.cluster.policy_group import PolicyError
 from prorl_nemo.errors import UserError
 from prorl_nemo.model_source import resolve_model
@@ -27,9 +28,9 @@ from prorl_nemo.training.run_state import Checkpoints
 from prorl_nemo.training.saving import SaveFailed
 from prorl_nemo.training.session import open_session
 from prorl_nemo.training.stopping import OutOfTime, StopRequested, StopWatch, seconds_left
-from prorl_nemo.training.tracking import Tracker, check_installed
+from prorl_nemo.training.tracking import CLOSE_SECONDS, Tracker, check_installed
 
-FAULTS = (PolicyError, RestartNeeded)
+FAULTS = (PolicyError, NodeLost, RestartNeeded)
 """What a new start of the processes mends. Not `FleetError`: each engine was started anew until
 `rollout.max_engine_restarts`, and the run has been saved."""
 
@@ -48,7 +49,9 @@ def train(recipe: Recipe) -> tuple[bool, Path]:
     check_resources(recipe, folder)
     check_installed(recipe)
     ResetRules(recipe)  # Triggers that cannot be imported are refused now.
-    checkpoints = Checkpoints(recipe.run_dir / "checkpoints", recipe.checkpoint.keep_last)
+    checkpoints = Checkpoints(
+        recipe.run_dir / "checkpoints", recipe.checkpoint.keep_last, recipe.checkpoint.keep_every
+    )
     left = seconds_left(recipe.faults.wall_clock_hours, os.environ)
     stop = StopWatch(recipe.faults.stop_seconds, left)
     view = LiveView(recipe.name, recipe.model, recipe.total_steps)
@@ -76,7 +79,10 @@ def train(recipe: Recipe) -> tuple[bool, Path]:
             ) from None
         finally:
             checkpoints.close()
-            tracker.close()
+            lost = tracker.close(stop.left(CLOSE_SECONDS))
+            for name, rows in lost.items():
+                if rows:
+                    log.event("rows_lost", run.step, of=name, rows=rows)
     report = recipe.run_dir / "report.html"
     try:
         write_report([recipe.run_dir], report)
@@ -118,7 +124,8 @@ class _Run:
                 step = self.step
                 restarts = 1 if step > reached else restarts + 1
                 reached = max(reached, step)
-                self.checkpoints.wait()
+                if self.trainer:
+                    self.trainer.saver.collect(wait=True)
                 if restarts > self.recipe.faults.max_restarts:
                     raise UserError(
                         f"faults.max_restarts: {fault}; {restarts - 1} restarts have not brought "

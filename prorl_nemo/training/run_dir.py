@@ -16,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from prorl_nemo.errors import UserError
-from prorl_nemo.recipe import Recipe, load_recipe
+from prorl_nemo.recipe import Recipe
+from prorl_nemo.recipe_pretrain import Pretraining
+from prorl_nemo.settings_file import load_settings
 from prorl_nemo.strict_yaml import dump_yaml
+from prorl_nemo.training.metrics import replace_file
 
 # Settings that may differ on resume: they change where and how fast, not what is computed.
 # (max_skipped_updates, faults and checkpoint decide when a run ends or saves, not its steps.)
@@ -41,6 +44,7 @@ RESUMABLE = (
     "rollout.engine_threads",
     "rollout.kv_cache_mib",
     "rollout.gpu_memory_share",
+    "rollout.sleep_in_updates",
     "rollout.max_rejected_per_kept",
     "rollout.weight_transfer",
     "rollout.verify_weights_every",
@@ -49,6 +53,7 @@ RESUMABLE = (
     "rollout.engine_restart_window",
     "checkpoint.interval",
     "checkpoint.keep_last",
+    "checkpoint.keep_every",
     "checkpoint.keep_best",
     "checkpoint.background",
     "policy.optimizer.max_skipped_updates",
@@ -64,7 +69,7 @@ RESUMABLE = (
 
 
 @contextmanager
-def open_run_dir(recipe: Recipe) -> Iterator[dict[str, list[Any]]]:
+def open_run_dir(recipe: Recipe | Pretraining) -> Iterator[dict[str, list[Any]]]:
     """The run directory, made if need be and held until the end.
 
     Yields:
@@ -104,7 +109,7 @@ def open_run_dir(recipe: Recipe) -> Iterator[dict[str, list[Any]]]:
         yield changes
 
 
-def _compare(recipe: Recipe, run_dir: Path) -> dict[str, list[Any]]:
+def _compare(recipe: Recipe | Pretraining, run_dir: Path) -> dict[str, list[Any]]:
     """Changes since the run began; a directory without figures yet belongs to nobody."""
     path, figures = run_dir / "recipe.yaml", run_dir / "metrics.jsonl"
     resolved = recipe.model_dump(mode="json")
@@ -112,11 +117,9 @@ def _compare(recipe: Recipe, run_dir: Path) -> dict[str, list[Any]]:
         figures.exists() and figures.stat().st_size > 0
     )
     if not begun or not path.exists():
-        aside = path.with_name("recipe.yaml.part")
-        aside.write_text(dump_yaml(resolved), encoding="utf-8")
-        aside.replace(path)
+        replace_file(path, [dump_yaml(resolved).encode()])
         return {}
-    changes = differences(load_recipe(path).model_dump(mode="json"), resolved)
+    changes = differences(load_settings(type(recipe), path).model_dump(mode="json"), resolved)
     refused = {key: pair for key, pair in changes.items() if key not in RESUMABLE}
     if refused:
         lines = [f"{key}: {old!r} there, {new!r} now" for key, (old, new) in refused.items()]

@@ -62,10 +62,11 @@ class Checkpoints:
     Args:
         folder: `checkpoints/` of the run.
         keep_last: older ones beyond this number are deleted after a new one is whole.
+        keep_every: but not those of multiples of this step.
     """
 
-    def __init__(self, folder: Path, keep_last: int) -> None:
-        self.folder, self.keep_last = folder, keep_last
+    def __init__(self, folder: Path, keep_last: int, keep_every: int | None = None) -> None:
+        self.folder, self.keep_last, self.keep_every = folder, keep_last, keep_every
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future[SaveOutcome] | None = None
         self._saving_step: int | None = None
@@ -222,9 +223,11 @@ class Checkpoints:
         return SaveOutcome(step, self.path(step), time.monotonic() - started, reason)
 
     def _prune(self, keep: int | None) -> None:
+        every = self.keep_every
         others = [step for step in self.steps() if step != keep]
         for step in others[: -self.keep_last]:
-            self._delete(step)
+            if every is None or step % every:
+                self._delete(step)
         for damaged in self.folder.glob("damaged_*"):
             shutil.rmtree(damaged)
 

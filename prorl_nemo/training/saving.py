@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from prorl_nemo.training.run_state import BeginSave, Checkpoints, SaveOutcome
@@ -75,6 +75,11 @@ class Saver:
         else:
             self._on_event("checkpoint_failed", saved_step=outcome.step, reason=outcome.error)
         return outcome
+
+    def recall(self, events: Iterable[Mapping[str, Any]]) -> None:
+        """Learn from the event log of an earlier start what saves have cost."""
+        seconds = (e.get("seconds") for e in events if e.get("event") == "checkpoint_saved")
+        self._costs = [float(s) for s in seconds if isinstance(s, int | float)][-10:]
 
     @property
     def expected_seconds(self) -> float:

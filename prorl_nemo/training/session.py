@@ -13,16 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from rich.console import Console
 
+from prorl_nemo.cluster.check import check_cluster
+from prorl_nemo.cluster.placement import reserve
 from prorl_nemo.cluster.policy_group import PolicyGroup
 from prorl_nemo.data.chat import load_tokenizer
 from prorl_nemo.data.prompts import RunPrompts, load_prompts
+from prorl_nemo.megatron.layout import read_model_spec
 from prorl_nemo.recipe import Recipe
 from prorl_nemo.rewards.pool import GraderPool
 from prorl_nemo.rewards.sandbox.probe import working_backend
 from prorl_nemo.rollout.complete_weights import EngineError
 from prorl_nemo.rollout.engine_settings import EngineSettings
 from prorl_nemo.rollout.fleet import Fleet
+from prorl_nemo.training.batch import TrainingBatch
+from prorl_nemo.training.step_metrics import hardware_figures
 
 
 @dataclass
@@ -49,6 +55,11 @@ class Session:
             self.policy.check_alive()
             raise
         self.version = version
+
+    def hardware_figures(self, batch: TrainingBatch, seconds: float) -> dict[str, float]:
+        """See `step_metrics.hardware_figures`."""
+        spec = read_model_spec(self.folder)
+        return hardware_figures(spec, batch, seconds, self.policy.resources())
 
     def verify_weights(self) -> int:
         """Compare every tensor of every engine with the trainer's; returns how many there are.
@@ -93,21 +104,39 @@ def open_session(
         if not ray.is_initialized():
             start_ray()
             stack.callback(ray.shutdown)
+        on_phase("nodes")
+        placement = stack.enter_context(reserve(recipe, folder))
         on_phase("trainer")
-        policy = PolicyGroup(recipe, folder)
+        policy = PolicyGroup(recipe, folder, placement)
         stack.callback(policy.shutdown)
         on_phase("engines")
-        settings = EngineSettings.from_recipe(recipe, folder)
+        settings = EngineSettings.from_recipe(recipe, folder, placement.local_engines)
+
+        def engine_event(event: str, details: dict[str, Any]) -> None:
+            on_event(event, details)
+            if event == "engine_restarted":
+                placement.check()  # Where its node is gone, no new engine will start.
+
         fleet = Fleet(
             settings,
             recipe.rollout.engines,
-            on_event=on_event,
+            actor_options=placement.engine_options(),
+            on_event=engine_event,
             hang_seconds=recipe.rollout.engine_hang_seconds,
             max_restarts=recipe.rollout.max_engine_restarts,
             restart_window=recipe.rollout.engine_restart_window,
         )
         stack.callback(fleet.shutdown)
         yield Session(recipe, folder, policy, fleet, graders, prompts)
+
+
+def check_nodes(recipe: Recipe, console: Console) -> bool:
+    """`prorl check --cluster`: join the Ray cluster and look at its nodes; whether all are fit."""
+    start_ray()
+    try:
+        return check_cluster(recipe, console)
+    finally:
+        ray.shutdown()
 
 
 def start_ray() -> None:

@@ -7,6 +7,7 @@ stops, with everything the trainer was given for them in `skipped/`.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import numpy as np
 from prorl_nemo.errors import UserError
 from prorl_nemo.training.batch import TrainingBatch
 from prorl_nemo.training.metrics import plain
+
+logger = logging.getLogger(__name__)
 
 
 class SkippedUpdates:
@@ -56,14 +59,22 @@ class SkippedUpdates:
             reached |= self.in_a_row >= self.limit
         path = self.folder / f"step_{step:06d}.jsonl"
         if rows:
-            self.folder.mkdir(exist_ok=True)
-            path.write_text("".join(json.dumps(plain(row), allow_nan=False) + "\n" for row in rows))
+            _write(path, rows)
         if reached:
             raise UserError(
                 f"policy.optimizer.max_skipped_updates: {self.limit} updates in a row had NaN or "
                 f"infinite gradients, the last in step {step}; their samples are in {path}. Lower "
                 "the learning rate or use fp32, and resume from the last checkpoint"
             )
+
+
+def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Samples that cannot be written are lost; that must not end the run."""
+    try:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(plain(row), allow_nan=False) + "\n" for row in rows))
+    except OSError as error:
+        logger.warning("%s: samples of skipped updates are lost (%s)", path, error)
 
 
 def _rows(batch: TrainingBatch, groups: range) -> Iterator[dict[str, Any]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from prorl_nemo.algorithms.reward_shaping import CosineLength
 from prorl_nemo.data.mixture import PromptStream
 from prorl_nemo.recipe import Recipe
@@ -16,8 +18,8 @@ class StageRules:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.stages = recipe_stages(recipe)
-        self._weights = [source.weight for source in recipe.data.sources]
-        self._labels = [source.label for source in recipe.data.sources]
+        self._weights = [source.weight for source in recipe.data.trained]
+        self._labels = [source.label for source in recipe.data.trained]
 
     def learning_rate(self, step: int) -> float:
         """Of the schedule, with the peak of the step's stage."""
@@ -59,6 +61,17 @@ class StageRules:
         following = stage.index + 1
         ends = step == stage.last_step and following < len(self.recipe.stages)
         return following if ends and self.recipe.stages[following].reset_at_start else None
+
+    def announce(self, step: int, on_event: Callable[..., None]) -> None:
+        """Tell what begins with a step: its stage, the length penalty or its end."""
+        stage = self.stages.at(step)
+        if step == stage.first_step:
+            before = self.stages.stages[stage.index - 1] if stage.index else None
+            changes = stage.changes_from(before) if before else {}
+            on_event("stage_started", stage=stage.index, stage_name=stage.name, changes=changes)
+        on = self.cosine(step) is not None
+        if self.has_cosine and (step == 1 or on != (self.cosine(step - 1) is not None)):
+            on_event("cosine_penalty", on=on)
 
     def mix(self, stream: PromptStream, step: int) -> None:
         """The stage's weights of the data sources, from its first step on."""

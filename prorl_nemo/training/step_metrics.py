@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,13 @@ from prorl_nemo.algorithms.mismatch import (
     mismatch_metrics,
 )
 from prorl_nemo.algorithms.policy_loss import importance_weights
+from prorl_nemo.megatron.layout import ModelSpec, cost_model
+from prorl_nemo.planning.hardware import GIB, GPUS
 from prorl_nemo.recipe import Recipe
-from prorl_nemo.rollout.filling import RolloutBatch
+from prorl_nemo.rollout.filling import RolloutBatch, TaskTally
 from prorl_nemo.schedule.stages import StageSettings
 from prorl_nemo.training.batch import TrainingBatch
+from prorl_nemo.training.host_memory import available_bytes
 from prorl_nemo.training.repetition import is_repetitive
 
 _GROUPS_KEPT_TO_READ = 4
@@ -43,7 +46,7 @@ def train_row(
         "step": step,
         "stage": stage.index,
         "stage_name": stage.name,
-        "reward/raw_mean": _mean_of_tallies(rollout),
+        "reward/raw_mean": _mean_score(rollout.tallies.values()),
         "reward/kept_mean": statistics.fmean(s.score or 0.0 for s in samples),
         "reward/shaped_mean": float(outcome.shaped.mean()),
         "rollout/kept_share": len(rollout.groups) / decided,
@@ -64,14 +67,20 @@ def train_row(
     for task, tally in sorted(rollout.tallies.items()):
         row[f"reward/raw/{task}"] = tally.mean_score
         row[f"rollout/kept/{task}"] = tally.keep_rate
+    for domain in sorted({tally.domain for tally in rollout.tallies.values()}):
+        tallies = [tally for tally in rollout.tallies.values() if tally.domain == domain]
+        kept = sum(tally.kept for tally in tallies)
+        row[f"reward/domain/{domain}"] = _mean_score(tallies)
+        row[f"rollout/kept_domain/{domain}"] = kept / max(
+            1, kept + sum(tally.rejected for tally in tallies)
+        )
     if records:
         row |= _update_figures(records) | _mismatch_figures(recipe, batch)
     return row
 
 
-def _mean_of_tallies(rollout: RolloutBatch) -> float:
+def _mean_score(tallies: Collection[TaskTally]) -> float:
     """Mean raw score of all decided groups: the kept ones alone are biased to one half."""
-    tallies = rollout.tallies.values()
     return sum(t.score_sum for t in tallies) / max(1, sum(t.samples for t in tallies))
 
 
@@ -136,6 +145,52 @@ def time_figures(
     if trained:
         row["throughput/trained_tokens_per_second"] = batch.response_tokens / trained
     return row
+
+
+def hardware_figures(
+    spec: ModelSpec, batch: TrainingBatch, seconds: float, resources: list[tuple[str, int]]
+) -> dict[str, float]:
+    """What the ranks computed and held during the updates.
+
+    Args:
+        seconds: of the updates.
+        resources: device and peak bytes of each rank.
+    """
+    row = {
+        "memory/trainer_peak_gib": max(peak for _, peak in resources) / GIB,
+        "memory/host_free_gib": available_bytes() / GIB,
+    }
+    if seconds > 0 and batch.groups:
+        per_rank = model_flops(spec, batch) / seconds / len(resources)
+        row["throughput/train_tflops"] = per_rank / 1e12
+        peak = peak_flops(resources[0][0])
+        if peak is not None:
+            row["throughput/mfu"] = per_rank / peak
+    return row
+
+
+def model_flops(spec: ModelSpec, batch: TrainingBatch) -> float:
+    """FLOPs of forward and backward over a batch, each sample behind a prompt of its own.
+
+    The usual count of model FLOPs utilisation (Chowdhery et al., arXiv 2204.02311, appendix B):
+    nothing is counted that is computed again, and nothing is saved by sharing prompts.
+    """
+    cost = cost_model(spec)
+    total = 0.0
+    for prompt, samples in zip(batch.prompts, batch.groups, strict=True):
+        for sample in samples:
+            response = len(batch.responses[sample])
+            tokens = len(prompt) + response
+            # The cost model counts the head once more than the model needs it.
+            total += cost.token * tokens + 0.75 * cost.target * response
+            total += cost.pair * tokens**2 / 2
+    return total
+
+
+def peak_flops(device: str) -> float | None:
+    """Dense bf16 FLOP/s of a GPU by the name it gives itself; None where it is not known."""
+    found = (gpu.bf16_flops for name, gpu in GPUS.items() if name in device.lower())
+    return next(found, None)
 
 
 def sample_rows(

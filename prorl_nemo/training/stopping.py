@@ -15,6 +15,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 
+ENDING_SECONDS = 30.0
+"""What is left of the wall-clock time after a save: for processes, tracking and the report."""
+
 LAST_MOMENTS = 0.1
 """Share of the time to stop in that is left for ending the processes."""
 
@@ -41,15 +44,23 @@ class StopWatch:
         self.reason: str | None = None
         # Of the monotonic clock: that of the wall may be set while the run goes on.
         self._deadline = None if seconds_left is None else time.monotonic() + seconds_left
+        self._ends: float | None = None
         self._out_of_time = False
 
     def should_stop(self, save_seconds: float) -> str | None:
         """A reason to stop now, given how long saving takes; or None."""
         if self.reason is None and self._deadline is not None:
             left = self._deadline - time.monotonic()
-            if left < save_seconds:
+            if left < save_seconds + ENDING_SECONDS:
                 self.reason = f"wall clock: {max(0.0, left):.0f} s left, a save takes as long"
         return self.reason
+
+    def left(self, most: float) -> float:
+        """Seconds for what may still be done before the run ends: `most`, or less after a signal
+        that sets a time."""
+        if self._ends is None:
+            return most
+        return max(0.0, min(most, self._ends - time.monotonic()))
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -70,6 +81,7 @@ class StopWatch:
                 raise KeyboardInterrupt
         elif not self.reason:
             last = LAST_MOMENTS * self.stop_seconds
+            self._ends = time.monotonic() + self.stop_seconds - 2 * last
             signal.setitimer(signal.ITIMER_REAL, self.stop_seconds - last, last)
         self.reason = self.reason or signal.Signals(number).name
 

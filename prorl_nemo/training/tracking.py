@@ -12,18 +12,26 @@ import json
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from prorl_nemo.errors import RecipeError
 from prorl_nemo.recipe import Recipe
+from prorl_nemo.training.prometheus import open_prometheus
 
 logger = logging.getLogger(__name__)
 
 QUEUED_ROWS = 1000
 CLOSE_SECONDS = 20.0
-_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
+_PACKAGES = {
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
+    "prometheus": "prometheus_client",
+}
 
 Row = Mapping[str, Any]
 Write = Callable[[int, dict[str, float]], None]
@@ -59,6 +67,7 @@ class Tracker:
             "tensorboard": _open_tensorboard,
             "wandb": _open_wandb,
             "mlflow": _open_mlflow,
+            "prometheus": open_prometheus,
         }
         return cls(
             [
@@ -77,9 +86,12 @@ class Tracker:
         for sender in self._senders:
             sender.put(int(row["step"]), figures)
 
-    def close(self) -> dict[str, int]:
-        """Send what is queued, for some seconds at most; rows lost by each back end."""
-        return {sender.name: sender.close() for sender in self._senders}
+    def close(self, seconds: float = CLOSE_SECONDS) -> dict[str, int]:
+        """Send what is queued, for so many seconds at most; rows lost by each back end."""
+        for sender in self._senders:
+            sender.end()
+        until = time.monotonic() + seconds
+        return {sender.name: sender.close(until) for sender in self._senders}
 
 
 class _Sender:
@@ -87,6 +99,7 @@ class _Sender:
         self.name, self._open = name, open_backend
         self._rows: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue(QUEUED_ROWS)
         self._lost = 0
+        self._ended = threading.Event()
         # A daemon: a back end that never answers must not keep the process.
         self._thread = threading.Thread(target=self._run, name=f"tracking {name}", daemon=True)
         self._thread.start()
@@ -97,24 +110,32 @@ class _Sender:
         except queue.Full:
             self._lose("its queue is full")
 
-    def close(self) -> int:
-        try:
-            self._rows.put(None, timeout=1.0)
-        except queue.Full:
-            self._lost += self._rows.qsize()
-            return self._lost
-        self._thread.join(CLOSE_SECONDS)
-        return self._lost + (self._rows.qsize() if self._thread.is_alive() else 0)
+    def end(self) -> None:
+        """No more rows will come."""
+        self._ended.set()
+        with suppress(queue.Full):  # Its thread then sees the end after a row.
+            self._rows.put_nowait(None)
+
+    def close(self, until: float) -> int:
+        """Wait for the thread, up to a time of the monotonic clock; rows lost."""
+        self._thread.join(max(0.0, until - time.monotonic()))
+        left = [item for item in tuple(self._rows.queue) if item is not None]
+        return self._lost + len(left)
+
+    def _next(self) -> tuple[int, dict[str, float]] | None:
+        if self._ended.is_set() and self._rows.empty():
+            return None
+        return self._rows.get()
 
     def _run(self) -> None:
         try:
             write, close = self._open()
         except Exception as error:
             self._lose(f"it cannot be opened ({error})", rows=0)
-            while self._rows.get() is not None:
+            while self._next() is not None:
                 self._lost += 1
             return
-        while (item := self._rows.get()) is not None:
+        while (item := self._next()) is not None:
             try:
                 write(*item)
             except Exception as error:

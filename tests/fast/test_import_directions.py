@@ -42,25 +42,39 @@ ROOMS: dict[str, set[str]] = {
     "megatron": VOCABULARY | {"algorithms", "training.batch", "rollout.weights"},
     "rollout": VOCABULARY | {"algorithms"},
     "cluster": VOCABULARY
-    | {"megatron", "training.batch", "rollout.weights", "rollout.cuda_weights"},
+    | {"megatron", "training.batch", "rollout.weights", "rollout.cuda_weights"}
+    # What a node must show: memory as a run counts it, a sandbox that holds.
+    | {"rewards", "training.host_memory"},
     # Everything together. A run ends with its report, which reads the run's diary.
     "reporting": {"errors", "strict_yaml", "training.metrics"},
     "training": VOCABULARY
     | {"strict_yaml", "algorithms", "schedule", "rewards", "data", "model_source"}
-    | {"recipe_training"}
+    | {"recipe_training", "planning.hardware"}
     | {"megatron", "rollout", "cluster", "reporting"},
+    # A recipe made small: needs the shape of its model and data like that of a build.
+    "shrink": VOCABULARY | {"data", "planning", "rewards", "tiny_model"},
     # Counts what the others allocate; imports what of them needs neither torch nor Megatron.
     "planning": VOCABULARY | {"recipe_training", "megatron.layout", "megatron.precision"},
     "evaluation": {"errors", "settings_file", "strict_yaml", "data", "rewards"},
+    # A model answers benchmarks: engines without a trainer.
+    "harness": VOCABULARY
+    | {"evaluation", "data", "rewards", "rollout", "reporting", "model_source", "export"}
+    | {"training.run_state", "training.session"},
+    # Exported models for others; its self-check starts an engine and a trainer rank.
+    "publishing": VOCABULARY
+    | {"export", "evaluation", "harness.model", "reporting", "model_source", "strict_yaml"}
+    | {"smollm2", "tiny_arithmetic", "data", "rollout", "cluster", "megatron"}
+    | {"training.batch", "training.session"},
     "export": VOCABULARY | {"megatron", "model_source", "training.run_state"},
-    "cli": {"errors", "recipe", "training", "reporting", "rewards", "export", "data", "planning"},
+    "cli": {"errors", "recipe", "training", "reporting", "rewards", "export", "data", "planning"}
+    | {"shrink", "evaluation", "harness", "publishing"},
 }
 # Libraries that only the rooms named may import.
 KEPT_TO = {
     "megatron": {"megatron"},
     "transformer_engine": {"megatron"},
     "vllm": {"rollout"},
-    "ray": {"rollout", "cluster", "training"},
+    "ray": {"rollout", "cluster", "training", "harness", "publishing"},
     "typer": {"cli"},
 }
 # Libraries beyond the standard one that a pure room may import.

@@ -12,15 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from prorl_nemo.training.live_view import (
-    DASH,
-    FIGURES,
-    STOP_HINT,
-    LiveView,
-    describe_event,
-    duration,
-    sparkline,
-)
+from prorl_nemo.training.live_panel import FIGURES, STOP_HINT
+from prorl_nemo.training.live_text import DASH, describe_event, duration, sparkline
+from prorl_nemo.training.live_view import LiveView
 
 ROW = {
     "kind": "train",

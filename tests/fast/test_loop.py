@@ -7,6 +7,7 @@ the figures. That the real ones resume exactly is shown by tests/slow/test_resum
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from prorl_nemo.records import Prompt
 from prorl_nemo.training.batch import StepSettings, TrainingBatch
 from prorl_nemo.training.live_view import LiveView
 from prorl_nemo.training.loop import Trainer
-from prorl_nemo.training.metrics import EVENTS, METRICS, RunLog, read_rows
+from prorl_nemo.training.metrics import EVENTS, METRICS, RunLog, _Appender, read_rows
 from prorl_nemo.training.run_state import Checkpoints, FinishSave
 from prorl_nemo.training.session import Session
 from prorl_nemo.training.stopping import StopRequested
@@ -105,6 +106,9 @@ class SimulatedSession(Session):
 
     def verify_weights(self) -> int:
         return 1
+
+    def hardware_figures(self, batch: TrainingBatch, seconds: float) -> dict[str, float]:
+        return {}
 
 
 def never(seconds: float) -> str | None:
@@ -309,3 +313,27 @@ def test_a_disk_that_is_full_at_a_checkpoint_does_not_stop_training(
     assert all("No space left" in event["reason"] for event in failed)
     assert trainer.checkpoints.steps()[-1] == 20
     assert len([row for row in figures(recipe) if row["kind"] == "train"]) == 20
+
+
+def test_rows_that_a_full_disk_cost_are_said_once_it_has_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = resets(tmp_path, "rows", "stages=[{steps: 9}]")
+    trainer, _ = trainer_of(recipe)
+    append = _Appender.append
+
+    def full_in_steps_3_to_5(file: _Appender, line: bytes) -> None:
+        if 3 <= trainer.step <= 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(file, line)
+
+    monkeypatch.setattr(_Appender, "append", full_in_steps_3_to_5)
+    trainer.run()
+    trainer.checkpoints.close()
+    (lost,) = events(recipe, "rows_lost")
+    assert (lost["step"], lost["of"]) == (6, "diary")
+    steps = [row["step"] for row in figures(recipe) if row["kind"] == "train"]
+    assert steps == [1, 2, 6, 7, 8, 9]
+    # Of each of the three steps at least its metrics, its decision about a reset and, in vain,
+    # the event itself.
+    assert lost["rows"] == trainer.log.lost_rows >= 9

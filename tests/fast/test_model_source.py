@@ -137,6 +137,23 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
         check_model_folder(small)
 
 
+def test_a_revision_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ProRL's first weights are a tag of the repository that holds the second."""
+    import huggingface_hub
+
+    folder = tiny_model("llama", tmp_path / "model")
+    asked: list[tuple[str, str | None]] = []
+
+    def download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((name, revision))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    for name in ("org/name@v1", "org/name"):
+        assert resolve_model(name) == folder
+    assert asked == [("org/name", "v1"), ("org/name", None)]
+
+
 def test_unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub.constants
 

@@ -156,8 +156,45 @@ def test_a_better_gpu_is_no_slower_and_fits_no_less(less: str, more: str) -> Non
 )
 @pytest.mark.parametrize(("gpus", "gpu"), [(8, "h100"), (32, "h100"), (32, "b200"), (64, "h100")])
 def test_the_recipes_of_the_real_run_can_be_planned(path: Path, gpus: int, gpu: str) -> None:
-    plan = make_plan(load_recipe(path), gpus, gpu)
+    recipe = load_recipe(path)
+    plan = make_plan(recipe, gpus, "b200" if recipe.policy.fp8 == "mxfp8" else gpu)
     assert plan.chosen and 100 < plan.gpu_hours < 50_000
+
+
+@pytest.mark.parametrize(
+    ("recipe", "gpus", "gpu"),
+    [
+        ("nemotron_1.5b/v1", 32, "h100"),
+        ("nemotron_1.5b/v2", 32, "h100"),
+        ("nemotron_1.5b/v2_from_base", 32, "h100"),
+        ("nemotron_1.5b/v2_8gpus", 8, "h100"),
+        ("nemotron_1.5b/v2_b200", 8, "b200"),
+        ("qwen3_4b/v2", 32, "h100"),
+        ("dapo_math/qwen2.5_math_1.5b", 8, "h100"),
+        ("smoke/h100", 1, "h100"),
+    ],
+)
+def test_recipes_fit_on_their_gpus_as_they_are(recipe: str, gpus: int, gpu: str) -> None:
+    loaded = load_recipe(ROOT / "recipes" / f"{recipe}.yaml")
+    plan = make_plan(loaded, gpus, gpu)
+    assert plan.own and plan.own.fits, plan.own and plan.own.reason
+    assert loaded.rollout.engines == gpus
+    # Nothing on the list is much better than what the recipe says.
+    assert plan.best and plan.best.time and plan.own.time
+    assert plan.own.time.total < 1.1 * plan.best.time.total
+
+
+def test_a_sleeping_engine_leaves_its_memory() -> None:
+    """By hand: 79 GiB less 5 % and 2 GiB of runtime, less 1.5 GiB that a sleeping engine keeps."""
+    recipe = small(rollout={"sleep_in_updates": True, "gpu_memory_share": 0.6})
+    plan = make_plan(recipe, 8, "h100")
+    assert room(plan.gpu, plan.engine) == int(79 * GIB * 0.95) - 2 * GIB - 3 * GIB // 2
+    awake = make_plan(small(rollout={"gpu_memory_share": 0.6}), 8, "h100")
+    fits = [sum(layout.fits for layout in p.layouts) for p in (awake, plan)]
+    assert fits[0] <= fits[1]
+    # While the engine works, what stays of the trainer must still have room beside it.
+    full = make_plan(small(rollout={"sleep_in_updates": True, "gpu_memory_share": 0.9}), 1, "h100")
+    assert "stay while the engine works" in full.layouts[0].reason
 
 
 def test_a_larger_model_on_two_tensor_parallel_ranks() -> None:

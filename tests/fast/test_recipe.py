@@ -137,6 +137,7 @@ def test_resolved_recipe_reads_back(file: Path, tmp_path: Path) -> None:
         ("data.sources.0.config={a: .nan}", "data.sources.0.config: numbers, strings, lists"),
         # Right one by one, wrong together.
         ("algorithm.minibatches=3", "algorithm.minibatches: 3 does not divide"),
+        ("checkpoint={interval: 20, keep_every: 50}", "keep_every: 50 is no multiple of"),
         ("policy.data_parallel=3", "leaves some of the 3 data-parallel ranks without work"),
         ("algorithm.importance={low: 2, high: 1}", "algorithm.importance.low must be below"),
         ("algorithm.kl.estimator=k1", "algorithm.kl.estimator: the gradient of k1 is zero"),

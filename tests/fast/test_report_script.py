@@ -18,7 +18,7 @@ from py_mini_racer import MiniRacer
 
 from prorl_nemo.reporting.figure import ticks
 from prorl_nemo.reporting.page import SCRIPTS, write_report
-from prorl_nemo.training.live_view import duration
+from prorl_nemo.training.live_text import duration
 from prorl_nemo.training.metrics import RunLog
 
 ASSETS = files("prorl_nemo.reporting") / "assets"

@@ -98,3 +98,23 @@ def test_bf16_operands_give_fp32_logits() -> None:
     # Logits reach 50, whose bf16 step is 0.25: rounded logits would be off by up to 0.1.
     assert found.dtype == torch.float32
     assert (found - expected).abs().max() < 1e-4
+
+
+def test_products_of_bf16_numbers_in_fp32_or_bf16() -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(23, 64).bfloat16().requires_grad_()
+    weight = torch.randn(101, 64).bfloat16().requires_grad_()
+    targets = torch.randint(0, 101, (23,))
+    expected, _ = plain(hidden, weight, targets, 1.0)
+    wanted = torch.autograd.grad(expected.sum(), (hidden, weight))
+    off = {}
+    for exact in (True, False):
+        found, _ = response_logprobs(hidden, weight, targets, 1.0, 101, exact=exact)
+        assert found.dtype == torch.float32
+        off[exact] = (found - expected).abs().max().item()
+        got = torch.autograd.grad(found.sum(), (hidden, weight))
+        # Gradients come out in bf16, 8 bits; a logit off by 2**-4 moves a probability by as much.
+        for g, w in zip(got, wanted, strict=True):
+            assert (g - w).abs().max() / w.abs().max() < (2**-7 if exact else 2**-4)
+    # fp32 sums of 64 products; logits up to 32 rounded to 8 bits, by up to 2**-4 each.
+    assert off[True] < 1e-4 < off[False] < 2 * 2**-4

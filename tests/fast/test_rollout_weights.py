@@ -13,7 +13,13 @@ from safetensors.torch import save_file
 from prorl_nemo.errors import UserError
 from prorl_nemo.rollout.complete_weights import EngineError, checkpoint_shapes, complete_weights
 from prorl_nemo.rollout.seeds import sample_seed
-from prorl_nemo.rollout.weights import pack_buckets, tensor_checksum, weight_checksums
+from prorl_nemo.rollout.weights import (
+    Piece,
+    WeightBucket,
+    pack_buckets,
+    tensor_checksum,
+    weight_checksums,
+)
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -26,17 +32,17 @@ def tensors() -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("bucket_bytes", [1, 200, 1 << 20])
-def test_buckets_carry_every_tensor_in_order(bucket_bytes: int) -> None:
+@pytest.mark.parametrize("limit", [1, 200, 1 << 20])
+def test_buckets_carry_every_tensor_in_order(limit: int) -> None:
     source = tensors()
-    buckets = list(pack_buckets(source.items(), bucket_bytes=bucket_bytes))
+    buckets = list(pack_buckets(source.items(), limit=limit))
     arrived = [entry for bucket in buckets for entry in bucket.tensors()]
     assert [name for name, _ in arrived] == list(source)
     for name, tensor in arrived:
         assert tensor.dtype == source[name].dtype
         assert torch.equal(tensor, source[name])
-    assert all(len(b.entries) == 1 or b.nbytes <= bucket_bytes for b in buckets)
-    assert len(buckets) == {1: 4, 200: 3, 1 << 20: 1}[bucket_bytes]
+    assert all(len(b.entries) == 1 or b.nbytes <= limit for b in buckets)
+    assert len(buckets) == {1: 4, 200: 3, 1 << 20: 1}[limit]
 
 
 def test_buckets_cast_to_the_engine_type() -> None:
@@ -145,3 +151,39 @@ def test_an_untied_head_is_passed_on_as_it_is() -> None:
 def test_an_incomplete_set_of_weights_is_refused(sent: list[Any], message: str) -> None:
     with pytest.raises(EngineError, match=message):
         list(complete_weights(sent, UNTIED))
+
+
+def test_pieces_of_two_ranks_join_into_the_tensors() -> None:
+    rows, columns, norm = torch.arange(15.0).view(5, 3), torch.arange(8.0).view(2, 4), torch.ones(3)
+    # Five rows on two ranks: the second has a row of padding.
+    padded = torch.cat((rows, torch.full((1, 3), 9.0)))
+    buckets = [
+        list(
+            pack_buckets(
+                [
+                    Piece("rows", padded.chunk(2)[rank], 0, 5),
+                    Piece("norm", norm),
+                    Piece("columns", columns.chunk(2, 1)[rank], 1),
+                ],
+                limit=40,
+                first=rank == 0,
+            )
+        )
+        for rank in (0, 1)
+    ]
+    # 36 bytes of rows, then 12 and 16, on both ranks alike although the second sends no norm.
+    assert [[e.name for e in b.entries] for b in buckets[0]] == [["rows"], ["norm", "columns"]]
+    assert [[e.name for e in b.entries] for b in buckets[1]] == [["rows"], ["columns"]]
+    found = {
+        name: tensor
+        for mine, theirs in zip(*buckets, strict=True)
+        for name, tensor in mine.tensors(theirs)
+    }
+    assert list(found) == ["rows", "norm", "columns"]
+    assert torch.equal(found["rows"], rows)
+    assert torch.equal(found["norm"], norm)
+    assert torch.equal(found["columns"], columns)
+    with pytest.raises(ValueError, match="rows: a rank sent no piece"):
+        list(buckets[0][0].tensors(buckets[1][1]))
+    with pytest.raises(ValueError, match="more pieces than the first"):
+        list(WeightBucket(()).tensors(buckets[1][1]))

@@ -81,6 +81,13 @@ def test_the_best_is_kept_beside_the_last(tmp_path: Path) -> None:
     assert checkpoints.steps() == [4, 6, 7]
 
 
+def test_multiples_stay_for_good(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep_last=1, keep_every=4)
+    for step in range(2, 15, 2):
+        save(checkpoints, step)
+    assert checkpoints.steps() == [4, 8, 12, 14]
+
+
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep_last=3)
     checkpoints.begin(5, {"step": 0}, writer("old"))
@@ -335,6 +342,10 @@ def test_saver_logs_each_save_once_and_knows_what_it_costs(tmp_path: Path) -> No
     saver.save(1, {"step": 1}, best=None, last=True)  # It is there: not written twice.
     assert [(name, e["saved_step"]) for name, e in events] == [("checkpoint_saved", 1)]
     assert saver.expected_seconds == pytest.approx(1.5 * events[0][1]["seconds"])
+    later = Saver(checkpoints, writer("weights"), background=True, on_event=events)
+    earlier = [{"event": "checkpoint_saved", "seconds": float(k)} for k in (500, *range(10, 20))]
+    later.recall([{"event": "stopped"}, *earlier, {"event": "checkpoint_failed"}])
+    assert later.expected_seconds == 1.5 * 19  # A resumed run: of the last ten.
 
 
 def test_a_failed_save_is_an_event_and_at_the_end_an_error(tmp_path: Path) -> None:

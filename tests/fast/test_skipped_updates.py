@@ -57,3 +57,10 @@ def test_only_updates_in_a_row_stop_the_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"3 updates in a row .* step 2.*step_000002\.jsonl"):
         skipped.count(2, batch(), 4, [SKIPPED, SKIPPED, DONE, DONE])
     assert (skipped.folder / "step_000002.jsonl").exists()
+
+
+def test_samples_that_cannot_be_written_do_not_end_the_run(tmp_path: Path) -> None:
+    (tmp_path / "skipped").write_text("no folder can be made here")
+    skipped = SkippedUpdates(tmp_path / "skipped", limit=3)
+    skipped.count(1, batch(), 2, [DONE, SKIPPED])
+    assert skipped.in_a_row == 1

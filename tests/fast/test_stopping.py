@@ -96,3 +96,12 @@ def test_a_clock_that_jumps_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     for jump in (-1e9, 1e9):
         monkeypatch.setattr(stopping.time, "time", lambda jump=jump: jump)
         assert watch.should_stop(10.0) is None
+
+
+def test_what_follows_a_save_is_given_what_is_left() -> None:
+    watch = StopWatch(stop_seconds=60)
+    with watch.listening():
+        assert watch.left(20.0) == 20.0
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert watch.left(20.0) == 20.0
+        assert 40 < watch.left(100.0) < 48  # The last moments are for ending the processes.

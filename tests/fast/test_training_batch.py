@@ -219,7 +219,8 @@ def test_row_of_a_step_by_hand() -> None:
     tallies = {
         # coin_flip: the kept group, and one of four samples that were all wrong.
         "coin_flip": TaskTally("logic", kept=1, rejected=1, score_sum=1.0, samples=6),
-        "chain_sum": TaskTally("logic", kept=1, rejected=0, score_sum=1.5, samples=2),
+        "chain_sum": TaskTally("math", kept=1, rejected=0, score_sum=1.5, samples=2),
+        "aime": TaskTally("math", kept=0, rejected=0),
     }
     happened = rollout(groups, rejected=1, tallies=tallies, generated_tokens=40, wasted_tokens=6)
     happened.passed_over = 3
@@ -271,6 +272,12 @@ def test_row_of_a_step_by_hand() -> None:
         "reward/raw/chain_sum": 0.75,
         "rollout/kept/coin_flip": 0.5,
         "rollout/kept/chain_sum": 1.0,
+        "reward/raw/aime": 0.0,
+        "rollout/kept/aime": 0.0,
+        "reward/domain/logic": 1 / 6,
+        "reward/domain/math": 0.75,
+        "rollout/kept_domain/logic": 0.5,
+        "rollout/kept_domain/math": 1.0,
         "rollout/kept_share": 2 / 3,
         "rollout/groups_kept": 2,
         "rollout/groups_rejected": 1,
@@ -400,6 +407,8 @@ def test_validation_by_hand() -> None:
         "kind": "validation",
         "validation/mean": 0.5,
         "validation/stderr": pytest.approx(0.25 / math.sqrt(3), rel=1e-12),
+        # A prompt passes with one full score; three quarters are none.
+        "validation/pass": 2 / 3,
         "validation/samples": 12,
         "validation/truncated_share": 1 / 12,
         "validation/repetition_share": 0.0,
@@ -407,8 +416,28 @@ def test_validation_by_hand() -> None:
         "validation/domain/logic": 0.5,
         "validation/domain_stderr/logic": pytest.approx(0.25 / math.sqrt(3), rel=1e-12),
         "validation/coin_flip": 0.375,
+        "validation/pass/coin_flip": 1.0,
         "validation/chain_sum": 0.75,
+        "validation/pass/chain_sum": 0.0,
     }
+
+
+def test_tasks_never_trained_have_figures_of_their_own() -> None:
+    trained = [group(1, [1, 0], [1, 2]), group(2, [0, 0], [3, 3], cut=(1,))]
+    never = [group(3, [1, 1], [9, 9], task="chain_sum"), group(4, [1, 0], [9, 9], task="chain_sum")]
+    row = validation_row(trained + never, frozenset({"chain_sum"}))
+    alone = validation_row(trained)
+    # Whatever decides something is that of the trained tasks alone.
+    assert {key: row[key] for key in alone} == alone
+    assert {key: row[key] for key in set(row) - set(alone)} == {
+        "validation/never_trained/mean": 0.75,
+        "validation/never_trained/stderr": pytest.approx(0.25, rel=1e-12),
+        "validation/never_trained/pass": 1.0,
+        "validation/chain_sum": 0.75,
+        "validation/pass/chain_sum": 1.0,
+    }
+    with pytest.raises(ValueError, match="no scores"):
+        validation_row(never, frozenset({"chain_sum"}))
 
 
 def test_standard_error_counts_prompts_not_samples() -> None:

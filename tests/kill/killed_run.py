@@ -1,42 +1,39 @@
 """A run that is killed again and again must end as one that never was: bit for bit.
 
-`python tests/kill/killed_run.py --kills 12` (`make test-kill`) trains the tiny model of
-recipes/smoke/resets.yaml twice for the same steps, in three stages and over several reference
+`python tests/kill/killed_run.py --kills 12 --folder DIR` (`make test-kill`) trains the tiny model
+of recipes/smoke/resets.yaml twice for the same steps, in three stages and over several reference
 resets. One run is left alone. The other is ended with SIGKILL at random moments of every phase,
 and started again by the same command. Then policy, optimizer, reference, the rest of the state,
 metrics and samples of the two are compared; only times may differ.
+
+With `--seconds` it stops between two kills when that time is nearly over, with exit status 3; the
+same command goes on.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
-
-ROOT = Path(__file__).parents[2]
-RECIPE = ROOT / "recipes" / "smoke" / "resets.yaml"
-# The phases of the run as its process title tells them. `writing` is a checkpoint that is being
-# written, whatever training does meanwhile.
-PHASES = ("generate", "logprobs", "reference", "train", "sync", "validate", "writing")
-
+from compare_runs import compare, counts
+from real_run import ENGINE, PHASES, RANK, RealRun, events_of
 
 # A trainer rank and an engine: the run must go on by itself without them.
-ACTORS = ("_RankActor", "_EngineActor")
+ACTORS = (RANK, ENGINE)
+# What a piece of the test is taken to need, when the time may not suffice for it.
+KILL_SECONDS, WHOLE_SECONDS = 90.0, 270.0
+
+
+class NotYet(Exception):
+    """The time is over; the same command goes on."""
 
 
 def overrides(runs_dir: Path, steps: int) -> list[str]:
@@ -59,236 +56,168 @@ def overrides(runs_dir: Path, steps: int) -> list[str]:
     ]
 
 
-class Process:
-    """One start of the run."""
+def strike(run: RealRun, phase: str, delay: float, target: str | None = None) -> str | None:
+    """SIGKILL `delay` seconds into a phase; the phase it was in, None if the run has ended.
 
-    def __init__(self, settings: list[str], log: Path) -> None:
-        self.started = time.time()
-        command = [sys.executable, "-m", "prorl_nemo.cli", "train", str(RECIPE), *settings]
-        with log.open("ab") as out:
-            self.popen = subprocess.Popen(
-                command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True
-            )
+    Args:
+        target: the Ray actor whose process is killed; None: the whole run.
+    """
+    deadline = time.monotonic() + 120
+    while run.running:
+        if run.phase == phase or (phase == "writing" and run.writes()):
+            time.sleep(delay)
+            found = "writing" if run.writes() else run.phase
+            if not run.running:
+                return None
+            os.kill(run.actors(target)[0] if target else run.popen.pid, signal.SIGKILL)
+            if not target:
+                run.popen.wait()
+            return found
+        if time.monotonic() > deadline:
+            raise SystemExit(f"the run did not reach the phase {phase} in time; see {run.log}")
+        time.sleep(0.002)
+    return None
 
-    def __enter__(self) -> Process:
-        return self
 
-    def __exit__(self, *exc: object) -> None:
-        if self.popen.poll() is None:
-            self.popen.kill()
-            self.popen.wait()
+class KillTest:
+    """The two runs in a folder, and what is known of them so far (`progress.json` there)."""
+
+    def __init__(self, folder: Path, steps: int, kills: int, seed: int, seconds: float) -> None:
+        self.folder, self.steps, self.kills, self.seed = folder, steps, kills, seed
+        self.started, self.seconds = time.monotonic(), seconds
+        folder.mkdir(parents=True, exist_ok=True)
+        asked = {"steps": steps, "kills": kills, "seed": seed}
+        self.progress: dict[str, Any] = {"asked": asked, "happened": [], "seconds": 0.0}
+        if (folder / "progress.json").exists():
+            self.progress = json.loads((folder / "progress.json").read_text())
+        if self.progress["asked"] != asked:
+            raise SystemExit(f"{folder} was begun with {self.progress['asked']}; take another")
+        self.before = self.progress["seconds"]
 
     @property
-    def phase(self) -> str:
-        """The phase its title names; empty when it has none yet, or has ended."""
-        try:
-            title = Path(f"/proc/{self.popen.pid}/cmdline").read_bytes().split(b"\0")[0].decode()
-        except OSError:
-            return ""
-        return title.rpartition(", ")[2] if title.startswith("prorl ") else ""
+    def happened(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self.progress["happened"]
+        return found
 
-    def actor(self, name: str) -> int:
-        """Process id of a Ray actor of the run."""
-        for child in psutil.Process(self.popen.pid).children(recursive=True):
-            with contextlib.suppress(psutil.Error, IndexError):
-                if child.cmdline()[0].startswith(f"ray::{name}"):
-                    return child.pid
-        raise SystemExit(f"the run has no process {name}")
+    @property
+    def killed(self) -> int:
+        """How often the whole run was ended."""
+        return sum("actor" not in kill for kill in self.happened)
 
-    def kill_in(
-        self, phase: str, delay: float, checkpoints: Path, deadline: float, target: str = "run"
-    ) -> str | None:
-        """SIGKILL `delay` seconds into a phase; the phase it was in, None if the run has ended.
+    def note(self, **changes: Any) -> None:
+        self.progress |= changes
+        self.progress["seconds"] = round(self.before + time.monotonic() - self.started)
+        (self.folder / "progress.json").write_text(json.dumps(self.progress, indent=1))
 
-        Args:
-            target: `run`, the whole of it; or the Ray actor whose process is killed.
-        """
-        while time.monotonic() < deadline:
-            if self.popen.poll() is not None:
-                return None
-            if self.phase == phase or (phase == "writing" and self.writes(checkpoints)):
-                time.sleep(delay)
-                found = "writing" if self.writes(checkpoints) else self.phase
-                if self.popen.poll() is not None:
-                    return None
-                if target == "run":
-                    os.kill(self.popen.pid, signal.SIGKILL)
-                    self.popen.wait()
-                else:
-                    os.kill(self.actor(target), signal.SIGKILL)
-                return found
-            time.sleep(0.002)
-        raise SystemExit(f"the run did not reach the phase {phase} in time")
+    def piece(self, seconds: float) -> None:
+        """Begin something that takes so long, if the time suffices."""
+        if time.monotonic() - self.started + seconds > self.seconds:
+            raise NotYet
 
-    def writes(self, checkpoints: Path) -> bool:
-        """Whether a checkpoint is being written; one that an earlier start left does not count."""
-        with contextlib.suppress(FileNotFoundError):
-            return any(f.stat().st_mtime > self.started for f in checkpoints.glob("writing_*"))
-        return False
+    def start(self, name: str) -> RealRun:
+        settings = overrides(self.folder / name, self.steps)
+        return RealRun(settings, self.folder / f"{name}.log")
+
+    def alone(self) -> None:
+        """The run that is left alone; begun anew if it was not finished."""
+        if "seconds_alone" in self.progress:
+            return
+        self.piece(WHOLE_SECONDS)
+        started = time.monotonic()
+        with self.start("alone") as run:
+            _finish(run)
+        assert not events_of(run.folder, "resumed")
+        self.note(seconds_alone=round(time.monotonic() - started))
+
+    def kill(self, number: int) -> bool:
+        """Start the run and end it once. Whether there was a run to end."""
+        self.piece(KILL_SECONDS)
+        rng = random.Random(f"{self.seed}/{number}")
+        # Every phase in turn, in an order drawn anew each round.
+        order = random.Random(f"{self.seed}/round {number // len(PHASES)}")
+        phase = order.sample(PHASES, len(PHASES))[number % len(PHASES)]
+        with self.start("killed") as run:
+            while run.running and run.phase not in PHASES:
+                time.sleep(0.02)
+            # Some kills at once, so that the same step is struck twice; others after a step or
+            # two, unless the run would end before the last kill.
+            late = run.step() * (self.kills + 1) > self.steps * (number + 1)
+            time.sleep(0.0 if late else rng.choice([0.0, 2.0, 4.0]))
+            found = strike(run, phase, rng.uniform(0.0, 0.3))
+        if found is None:
+            return False
+        saved = sorted(p.name for p in (run.folder / "checkpoints").glob("step_*"))
+        self._happened({"wanted": phase, "phase": found, "last_checkpoint": saved[-1:]})
+        return True
+
+    def last_start(self, actors: Sequence[str]) -> Path:
+        """The run to its end, losing one actor after the other; its folder."""
+        self.piece(WHOLE_SECONDS)
+        rng = random.Random(f"{self.seed}/actors")
+        with self.start("killed") as run:
+            before = len(events_of(run.folder, "restarted"))
+            for restarts, actor in enumerate(actors, start=before):
+                phase = rng.choice(["generate", "train"]) if actor == RANK else "generate"
+                run.wait_until(lambda count=restarts: self._trains_again(run, count))
+                found = strike(run, phase, 0.05, actor)
+                if found is None:
+                    break
+                self._happened({"wanted": phase, "phase": found, "actor": actor})
+            _finish(run)
+        self.note()
+        return run.folder
+
+    @staticmethod
+    def _trains_again(run: RealRun, restarts: int) -> bool:
+        return len(events_of(run.folder, "restarted")) >= restarts and run.phase in PHASES
+
+    def _happened(self, what: dict[str, Any]) -> None:
+        print(json.dumps(what), flush=True)
+        self.note(happened=[*self.happened, what])
 
 
-def finish(process: Process, log: Path, seconds: float) -> None:
-    with process:
-        try:
-            code = process.popen.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            raise SystemExit(f"the run did not end in {seconds:.0f} s; see {log}") from None
-    if code:
-        raise SystemExit(f"the run ended with {code}:\n{log.read_text()[-3000:]}")
+def _finish(run: RealRun) -> None:
+    if code := run.finish(900):
+        raise SystemExit(f"the run ended with {code}:\n{run.output()}")
 
 
 def killed_run(
-    folder: Path, steps: int, kills: int, seed: int, actors: Sequence[str] = ACTORS
+    folder: Path,
+    steps: int,
+    kills: int,
+    seed: int,
+    actors: Sequence[str] = ACTORS,
+    seconds: float = float("inf"),
 ) -> dict[str, Any]:
     """Both runs, and what was found.
 
     Args:
-        folder: new or empty.
+        folder: new or empty; or of the same test, which then goes on.
         kills: of the whole run.
         actors: killed one after the other in the last start, which goes on by itself.
-    """
-    rng = random.Random(seed)
-    started = time.monotonic()
-    alone, killed = folder / "alone", folder / "killed"
-    folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "alone.log"
-    finish(Process(overrides(alone, steps), log), log, 900)
-    alone_seconds = time.monotonic() - started
+        seconds: for this call.
 
-    run, log = killed / "resets", folder / "killed.log"
-    # Every phase in turn, in an order drawn anew each round.
-    wanted: list[str] = []
-    while len(wanted) < kills:
-        wanted += rng.sample(PHASES, len(PHASES))
-    happened = []
-    for phase in wanted[:kills]:
-        with Process(overrides(killed, steps), log) as process:
-            while process.popen.poll() is None and process.phase not in PHASES:
-                time.sleep(0.02)
-            # Some kills at once, so that the same step is struck twice; most after a step or two.
-            time.sleep(rng.choice([0.0, 2.0, 4.0]))
-            found = process.kill_in(
-                phase, rng.uniform(0.0, 0.3), run / "checkpoints", time.monotonic() + 120
-            )
-        if found is None:
-            break
-        steps_saved = sorted(p.name for p in (run / "checkpoints").glob("step_*"))
-        kill = {"wanted": phase, "phase": found, "last_checkpoint": steps_saved[-1:]}
-        happened.append(kill)
-        print(json.dumps(kill), flush=True)
-    with Process(overrides(killed, steps), log) as process:
-        for restarts, actor in enumerate(actors):
-            phase = rng.choice(["generate", "train"]) if actor == ACTORS[0] else "generate"
-            deadline = time.monotonic() + 120
-            while len(events_of(run, "restarted")) < restarts or process.phase not in PHASES:
-                if time.monotonic() > deadline or process.popen.poll() is not None:
-                    raise SystemExit(f"the run did not start anew; see {log}")
-                time.sleep(0.05)
-            found = process.kill_in(phase, 0.05, run / "checkpoints", deadline, actor)
-            if found is None:
-                break
-            happened.append({"wanted": phase, "phase": found, "actor": actor})
-            print(json.dumps(happened[-1]), flush=True)
-        finish(process, log, 900)
-    differences = compare(alone / "resets", run)
+    Raises:
+        NotYet: they did not suffice.
+    """
+    test = KillTest(folder, steps, kills, seed, seconds)
+    test.alone()
+    while test.killed < kills and test.kill(test.killed):
+        pass
+    run, alone = test.last_start(actors), folder / "alone" / "resets"
+    differences = compare(alone, run)
     names = [event["event"] for event in events_of(run)]
     return {
         "steps": steps,
-        "kills": happened,
+        "kills": test.happened,
         "restarts_by_itself": names.count("restarted"),
         "reference_resets": names.count("reference_reset"),
         "stage_changes": names.count("stage_started") - 1,
-        "compared": {**counts(alone / "resets")},
+        "compared": counts(alone),
         "differences": differences,
-        "seconds": round(time.monotonic() - started),
-        "seconds_alone": round(alone_seconds),
+        "seconds": test.progress["seconds"],
+        "seconds_alone": test.progress["seconds_alone"],
     }
-
-
-def events_of(run: Path, event: str | None = None) -> list[dict[str, Any]]:
-    """The events of a run, of one name or all; the last line may be half written."""
-    path = run / "events.jsonl"
-    found = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return [row for row in found if event is None or row["event"] == event]
-
-
-def compare(one: Path, other: Path) -> list[str]:
-    """What differs between two finished runs; times aside."""
-    found = []
-    for name, read in (("metrics", metrics), ("samples", samples), ("state", state)):
-        a, b = read(one), read(other)
-        if a != b:
-            found += [f"{name}: {key}" for key in a if a[key] != b.get(key)] or [name]
-    a, b = tensors(one), tensors(other)
-    if set(a) != set(b):
-        found.append(f"tensors: {sorted(set(a) ^ set(b))[:5]}")
-    found += [f"tensor {key}" for key in a if key in b and not same_bits(a[key], b[key])]
-    return found
-
-
-def same_bits(a: Any, b: Any) -> bool:
-    if not isinstance(a, torch.Tensor):
-        return bool(a == b)
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    return a.contiguous().numpy().tobytes() == b.contiguous().numpy().tobytes()
-
-
-def counts(run: Path) -> dict[str, int]:
-    found = tensors(run)
-    return {
-        "tensors": sum(isinstance(t, torch.Tensor) for t in found.values()),
-        "numbers": sum(t.numel() for t in found.values() if isinstance(t, torch.Tensor)),
-        "metrics_rows": len(metrics(run)),
-        "sample_files": len(samples(run)),
-    }
-
-
-def metrics(run: Path) -> dict[str, Any]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {
-        f"{row['kind']} {row['step']} (row {number})": {
-            key: value
-            for key, value in row.items()
-            if key != "time" and not key.startswith(("time/", "throughput/"))
-        }
-        for number, row in enumerate(rows)
-    }
-
-
-def samples(run: Path) -> dict[str, str]:
-    return {file.name: file.read_text() for file in sorted((run / "samples").iterdir())}
-
-
-def state(run: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((last_checkpoint(run) / "state.json").read_text())
-    found.pop("recipe")  # Of another runs_dir.
-    found.pop("log")  # Sizes of files with times in them.
-    found["last_validation"] = {
-        key: value for key, value in found["last_validation"].items() if not key.startswith("time")
-    }
-    return found
-
-
-def tensors(run: Path) -> dict[str, Any]:
-    """Every tensor of the last checkpoint: policy, optimizer and reference; and Adam's count."""
-    folder = last_checkpoint(run) / "policy"
-    found: dict[str, Any] = {}
-    _load_state_dict(
-        found,
-        storage_reader=FileSystemReader(folder),
-        planner=_EmptyStateDictLoadPlanner(),
-        no_dist=True,
-    )
-    common = torch.load(folder / "common.pt", weights_only=True)
-    return found | {"adam_step": common["adam_step"]}
-
-
-def last_checkpoint(run: Path) -> Path:
-    return sorted((run / "checkpoints").glob("step_*"))[-1]
 
 
 def main() -> None:
@@ -296,10 +225,22 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=12)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--folder", type=Path, required=True, help="for both runs; new")
+    parser.add_argument("--folder", type=Path, required=True, help="for both runs")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="of this call, at most")
     parser.add_argument("--json", type=Path, help="write the summary here")
     arguments = parser.parse_args()
-    found = killed_run(arguments.folder, arguments.steps, arguments.kills, arguments.seed)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # Ends the run too.
+    try:
+        found = killed_run(
+            arguments.folder,
+            arguments.steps,
+            arguments.kills,
+            arguments.seed,
+            seconds=arguments.seconds,
+        )
+    except NotYet:
+        print("not done yet; the same command goes on")
+        sys.exit(3)
     text = json.dumps(found, indent=1)
     print(text)
     if arguments.json:

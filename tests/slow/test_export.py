@@ -16,11 +16,15 @@ import pytest
 import torch
 from layout_runs import Layout, recipe, train_and_save, union_of_weights
 from ranks import run_ranks
+from rich.console import Console
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prorl_nemo.errors import UserError
 from prorl_nemo.export import export_step
+from prorl_nemo.publishing.self_check import check_export, compare_weights
+from prorl_nemo.recipe import load_recipe
 from prorl_nemo.strict_yaml import dump_yaml
 from prorl_nemo.tiny_model import tiny_model
 from prorl_nemo.training.run_state import Checkpoints
@@ -105,6 +109,25 @@ def test_transformers_and_vllm_load_it_and_agree(
     )
     assert found.returncode == 0, found.stderr
     assert json.loads(found.stdout.splitlines()[-1]) == [asked.tolist(), said.tolist(), text]
+
+
+def test_the_self_check_passes_and_sees_one_changed_weight(
+    run: tuple[Path, dict[str, np.ndarray]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, _ = run
+    out = tmp_path / "out"
+    export_step(run_dir, out)
+    assert check_export(out, run_dir, Console(width=120)), capsys.readouterr().out
+    assert capsys.readouterr().out.count(" ok ") == 4
+
+    recipe = load_recipe(run_dir / "recipe.yaml")
+    policy = run_dir / "checkpoints" / "step_000003" / "policy"
+    different, count = compare_weights(out, policy, recipe)
+    assert (different, count) == (0, len(load_file(out / "model.safetensors")))
+    tensors = load_file(out / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1e-3
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    assert compare_weights(out, policy, recipe) == (1, count)
 
 
 def test_what_cannot_be_exported_is_refused(

@@ -7,7 +7,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kill"))
 
-from killed_run import ACTORS, events_of, killed_run
+from killed_run import ACTORS, killed_run
+from real_run import events_of
 
 
 def test_a_killed_run_ends_as_one_that_never_was(tmp_path: Path) -> None:

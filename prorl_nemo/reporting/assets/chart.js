@@ -5,26 +5,6 @@ const DASHES = ["", "6 3", "2 3", "8 3 2 3"];
 const COLOURS = 8; // --c0 .. --c7 in the style sheet
 let clips = 0;
 
-/** An SVG element; attributes that are null are left out. */
-function svg(name, attributes = {}, ...children) {
-  return build(document.createElementNS("http://www.w3.org/2000/svg", name), attributes, children);
-}
-
-/** An HTML element. Strings become text nodes, never markup: what a model wrote stays text. */
-function html(name, attributes = {}, ...children) {
-  return build(document.createElement(name), attributes, children);
-}
-
-function build(element, attributes, children) {
-  for (const [key, value] of Object.entries(attributes)) {
-    if (value == null) continue;
-    if (key.startsWith("on")) element.addEventListener(key.slice(2), value);
-    else element.setAttribute(key, value);
-  }
-  element.append(...children.filter((child) => child != null));
-  return element;
-}
-
 class Chart {
   /** `panel` says what to draw (see PANELS), `page` which runs, steps and smoothing. */
   constructor(panel, page) {

@@ -30,8 +30,10 @@ const PANELS = {
         { key: "validation/repetition_share", label: "validation", source: "validation", dots: true, colour: 2 }] },
   ],
   "Policy": [
-    { title: "KL to the reference", help: "Mean per token; starts again from zero after a reset.",
-      series: [{ key: "policy/kl", label: "KL", colour: 3 }] },
+    { title: "KL to the reference", help: "Mean per token; starts again from zero after a reset. Above the threshold it is a spike.",
+      series: [
+        { key: "policy/kl", label: "KL", colour: 3 },
+        { key: "reset/kl_threshold", label: "threshold", exact: true, faint: true, dash: "4 3", colour: 7 }] },
     { title: "Entropy", help: "Mean per token, in nats. A fall towards zero is collapse.",
       series: [{ key: "policy/entropy", label: "entropy", colour: 2 }] },
     { title: "Clipped tokens", unit: "%", help: "Share of tokens whose ratio left the clip range, below or above.",
@@ -242,8 +244,9 @@ function domainPanels() {
   const keys = new Set(data.runs.flatMap((run) => Object.keys(run.validation)).filter((key) => key.startsWith(prefix)));
   if (keys.size < 2) return [];
   return [...keys].sort().map((key) => ({ title: key.slice(prefix.length), size: "small", series: [
-    { key, label: "mean score ± standard error", source: "validation", dots: true,
-      error: key.replace("/domain/", "/domain_stderr/") }] }));
+    { key, label: "validation", source: "validation", dots: true,
+      error: key.replace("/domain/", "/domain_stderr/") },
+    { key: `reward/domain/${key.slice(prefix.length)}`, label: "training", faint: true, colour: 1 }] }));
 }
 
 function taskPanels() {
@@ -263,7 +266,7 @@ function taskPanels() {
 function otherPanels() {
   const drawn = new Set(Object.values(PANELS).flat().flatMap((panel) => panel.series.map((s) => s.key)));
   const keys = new Set(data.runs.flatMap((run) => Object.keys(run.train)));
-  return [...keys].filter((key) => !drawn.has(key) && !NOT_A_CURVE.has(key) && !key.startsWith("reward/raw/"))
+  return [...keys].filter((key) => !drawn.has(key) && !NOT_A_CURVE.has(key) && !/^reward\/(raw|domain)\//.test(key))
     .sort().map((key) => ({ title: key, size: "small", series: [{ key, label: "" }] }));
 }
 
@@ -299,86 +302,6 @@ function curves() {
   }
 }
 
-// -- samples
-
-const VERDICTS = {
-  "any score": () => true,
-  "full score": (s) => s.score >= 1,
-  "part of it": (s) => s.score > 0 && s.score < 1,
-  "no score": (s) => s.score != null && s.score <= 0,
-  "truncated": (s) => s.finish === "length",
-};
-
-function verdictClass(sample) {
-  return sample.score >= 1 ? "good" : sample.score > 0 ? "fair" : "bad";
-}
-
-/** A response, its reasoning between <think> tags set apart. */
-function responseParts(text) {
-  const end = text.indexOf("</think>");
-  if (end < 0) return [html("div", { class: "text" }, text)];
-  const thought = text.slice(0, end).replace(/^\s*<think>/, "");
-  return [html("div", { class: "text thought" }, thought.trim()), html("div", { class: "text" }, text.slice(end + 8).trim())];
-}
-
-function transcript(sample) {
-  const chip = (label, value) => html("span", { class: "chip" }, `${label} `, html("b", {}, value));
-  const turns = sample.turns.map(([role, text]) => html("div", { class: "turn" }, html("span", { class: "role" }, role), html("div", { class: "text" }, text)));
-  return html("div", { class: "transcript" },
-    html("div", { class: "chips" },
-      html("span", { class: `chip ${verdictClass(sample)}` }, "score ", html("b", {}, figure(sample.score))),
-      chip("shaped", figure(sample.shaped)), chip("advantage", figure(sample.advantage)),
-      chip("tokens", figure(sample.tokens)), chip("ended by", sample.finish || "–"), chip("prompt", sample.prompt_id || "–")),
-    sample.reason ? html("p", { class: "reason" }, sample.reason) : null,
-    ...turns,
-    html("div", { class: "turn answer" }, html("span", { class: "role" }, "response"), ...responseParts(sample.response)));
-}
-
-function sampleBrowser(samples) {
-  const list = html("div", { class: "list", tabindex: "0", role: "listbox", "aria-label": "samples" });
-  const view = html("div", { class: "view" });
-  const count = html("span", { class: "count" });
-  const options = (values) => values.map((value) => html("option", {}, String(value)));
-  const steps = [...new Set(samples.map((s) => s.step))];
-  const tasks = [...new Set(samples.map((s) => s.task))].sort();
-  const step = html("select", { "aria-label": "step" }, ...options(["all steps", ...steps]));
-  const task = html("select", { "aria-label": "task" }, ...options(["all tasks", ...tasks]));
-  const verdict = html("select", { "aria-label": "score" }, ...options(Object.keys(VERDICTS)));
-  const words = html("input", { type: "search", placeholder: "words in the response", "aria-label": "words in the response" });
-  let shown = [], at = 0;
-
-  function choose(index) {
-    at = Math.min(Math.max(index, 0), shown.length - 1);
-    [...list.children].forEach((item, i) => item.setAttribute("aria-selected", String(i === at)));
-    view.replaceChildren(shown[at] ? transcript(shown[at]) : html("p", { class: "empty" }, "no sample matches"));
-    view.scrollTop = 0;
-    const item = list.children[at];
-    if (item && document.activeElement === list) item.scrollIntoView({ block: "nearest" });
-  }
-
-  function filter() {
-    const wanted = words.value.toLowerCase();
-    shown = samples.filter((s) => (!step.selectedIndex || s.step === steps[step.selectedIndex - 1])
-      && (!task.selectedIndex || s.task === tasks[task.selectedIndex - 1])
-      && VERDICTS[verdict.value](s) && (!wanted || s.response.toLowerCase().includes(wanted)));
-    count.textContent = `${shown.length} of ${samples.length} samples`;
-    list.replaceChildren(...shown.map((s, i) => html("div", { class: "item", role: "option", onclick: () => choose(i) },
-      html("span", { class: `score ${verdictClass(s)}` }, s.score == null ? "–" : String(Number(s.score.toFixed(2)))),
-      html("span", { class: "what" }, s.task.replaceAll("_", " ")),
-      html("span", { class: "when" }, `${s.step.toLocaleString("en")}${s.finish === "length" ? " ✂" : ""}`))));
-    choose(0);
-  }
-
-  [step, task, verdict].forEach((select) => select.addEventListener("change", filter));
-  words.addEventListener("input", filter);
-  list.addEventListener("keydown", (event) => {
-    const move = { ArrowDown: 1, ArrowUp: -1 }[event.key];
-    if (move) { event.preventDefault(); choose(at + move); }
-  });
-  filter();
-  return [html("div", { class: "filters" }, step, task, verdict, words, count), html("div", { class: "browser" }, list, view)];
-}
-
 // -- events and settings
 
 function eventTable(events) {
@@ -411,6 +334,13 @@ function differences() {
     html("tbody", {}, ...data.differences.map(([key, values]) => html("tr", {}, html("th", { scope: "row" }, html("code", {}, key)), ...values.map((value) => html("td", {}, value)))))));
 }
 
+const RUN_SAMPLES = {
+  filters: [{ key: "step", all: "all steps" }, { key: "task", all: "all tasks" }],
+  chips: (s) => [["shaped", figure(s.shaped)], ["advantage", figure(s.advantage)], ["tokens", figure(s.tokens)],
+    ["ended by", s.finish || "–"], ["prompt", s.prompt_id || "–"]],
+  what: (s) => s.task.replaceAll("_", " "),
+  when: (s) => s.step.toLocaleString("en"),
+};
 const tail = html("div", {});
 
 /** What belongs to the run in focus alone. */
@@ -419,7 +349,7 @@ function details() {
   const of = data.runs.length > 1 ? ` · ${run.name}` : "";
   const block = (title, children) => html("section", { class: "block" }, html("h2", {}, title + of), ...children);
   tail.replaceChildren(...[
-    run.samples.length ? block("Samples", sampleBrowser(run.samples)) : null,
+    run.samples.length ? block("Samples", sampleBrowser(run.samples, RUN_SAMPLES)) : null,
     run.events.length ? block("Events", eventTable(run.events)) : null,
     run.recipe ? html("details", { class: "block" }, html("summary", {}, html("h2", {}, `Settings${of}`)), html("pre", { class: "card scroll" }, run.recipe)) : null,
   ].filter(Boolean));

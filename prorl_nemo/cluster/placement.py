@@ -1,0 +1,289 @@
+"""Which node each trainer rank and each engine runs on, and the reservation that keeps it there.
+
+Our choice: the nodes are chosen here, by a pure function (`assign`), and Ray's placement group only
+holds what was chosen. On GPU nodes a bundle is one GPU, which a rank and an engine share; on CPU
+nodes it is the node. Ranks that exchange messages in every layer are neighbours on one node.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
+
+from prorl_nemo.errors import UserError
+from prorl_nemo.recipe import Policy, Recipe
+
+logger = logging.getLogger(__name__)
+
+ANSWER_SECONDS = 45.0
+"""A node that runs no task for so long is lost. Longer than Ray needs to start a process there."""
+RESERVE_SECONDS = 60.0
+"""How long another run on the same Ray cluster may take to give its GPUs back."""
+
+
+class ClusterError(UserError):
+    """The Ray cluster lacks what the recipe asks for."""
+
+
+class NodeLost(RuntimeError):
+    """A node of the run is gone: start again on those that are left."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine of the Ray cluster: Ray's id of it, its address, its GPUs."""
+
+    id: str
+    host: str
+    gpus: int
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Where everything runs.
+
+    Attributes:
+        bundles: node id of each bundle.
+        gpu: whether a bundle is a GPU; else it is a node.
+        ranks, engines: bundle of each.
+    """
+
+    bundles: tuple[str, ...]
+    gpu: bool
+    ranks: tuple[int, ...]
+    engines: tuple[int, ...]
+
+    def node(self, bundle: int) -> str:
+        return self.bundles[bundle]
+
+    def neighbours(self, bundles: Sequence[int], bundle: int) -> int:
+        """How many of `bundles` (of all ranks, or of all engines) are on one bundle's node."""
+        return sum(self.bundles[other] == self.bundles[bundle] for other in bundles)
+
+    def gpu_share(self, bundle: int) -> float:
+        """Of a bundle's GPU, for each process in it."""
+        return 1.0 / (self.ranks.count(bundle) + self.engines.count(bundle)) if self.gpu else 0.0
+
+
+def assign(nodes: Sequence[Node], policy: Policy, engines: int) -> Assignment:
+    """Ranks in order over the nodes, whole groups on a node; engines beside them, evenly.
+
+    Raises:
+        ClusterError: there are too few GPUs, or no node holds a tensor-parallel group.
+    """
+    with_gpus = [node for node in nodes if node.gpus]
+    if with_gpus:
+        return _on_gpus(with_gpus, policy, engines)
+    if not nodes:
+        raise ClusterError("RAY_ADDRESS: the Ray cluster has no node that answers")
+    groups = policy.ranks // policy.tensor_parallel
+    ranks = [
+        group * len(nodes) // max(groups, len(nodes))
+        for group in range(groups)
+        for _ in range(policy.tensor_parallel)
+    ]
+    spread = [engine * len(nodes) // max(engines, len(nodes)) for engine in range(engines)]
+    return Assignment(tuple(n.id for n in nodes), False, tuple(ranks), tuple(spread))
+
+
+def _on_gpus(nodes: Sequence[Node], policy: Policy, engines: int) -> Assignment:
+    tensor, inner = policy.tensor_parallel, policy.tensor_parallel * policy.context_parallel
+    largest = max(node.gpus for node in nodes)
+    if tensor > largest:
+        raise ClusterError(
+            f"policy.tensor_parallel: {tensor} ranks exchange messages in every layer and must be "
+            f"on one node, the largest has {largest} GPUs; use at most {largest}"
+        )
+    unit = inner if inner <= largest else tensor
+    bundles: list[str] = []
+    spare: list[str] = []
+    for node in nodes:
+        whole = min(node.gpus // unit * unit, policy.ranks - len(bundles))
+        bundles += [node.id] * whole
+        spare += [node.id] * (node.gpus - whole)
+    ranks, more = len(bundles), max(0, engines - policy.ranks)
+    if ranks < policy.ranks or more > len(spare):
+        there = ", ".join(f"{node.host} {node.gpus}" for node in nodes)
+        groups = f" in groups of {unit} on a node" if unit > 1 else ""
+        raise ClusterError(
+            f"policy.data_parallel: {policy.ranks} trainer ranks{groups} and {engines} engines "
+            f"need {max(policy.ranks, engines)} GPUs; the Ray cluster has {there}. Use a smaller "
+            "layout, fewer rollout.engines, or more nodes"
+        )
+    beside = [engine * ranks // min(engines, ranks) for engine in range(min(engines, ranks))]
+    beside += range(ranks, ranks + more)
+    return Assignment((*bundles, *spare[:more]), True, tuple(range(ranks)), tuple(beside))
+
+
+class Placement:
+    """An assignment that Ray holds.
+
+    Args:
+        hosts: address of each node by its id.
+    """
+
+    def __init__(self, assignment: Assignment, group: Any, hosts: dict[str, str]) -> None:
+        self.assignment, self._group, self._hosts = assignment, group, hosts
+
+    def rank_options(self, rank: int) -> dict[str, Any]:
+        """Ray options of a trainer rank's actor."""
+        return self._options(self.assignment.ranks[rank])
+
+    def engine_options(self) -> list[dict[str, Any]]:
+        """Ray options of each engine's actor."""
+        return [self._options(bundle) for bundle in self.assignment.engines]
+
+    def local_ranks(self, rank: int) -> int:
+        """Trainer ranks on this rank's node."""
+        assignment = self.assignment
+        return assignment.neighbours(assignment.ranks, assignment.ranks[rank])
+
+    @property
+    def local_engines(self) -> int:
+        """Engines on the node that has most."""
+        assignment = self.assignment
+        return max(assignment.neighbours(assignment.engines, e) for e in assignment.engines)
+
+    def check(self) -> None:
+        """Raises NodeLost if a node of the run answers no more."""
+        lost = set(self._hosts) - set(answering(self._hosts))
+        if lost:
+            raise NodeLost(f"lost node {', '.join(sorted(self._hosts[node] for node in lost))}")
+
+    def release(self) -> None:
+        remove_placement_group(self._group)
+
+    def _options(self, bundle: int) -> dict[str, Any]:
+        strategy = PlacementGroupSchedulingStrategy(self._group, bundle)
+        return {
+            "num_cpus": 0,
+            "num_gpus": self.assignment.gpu_share(bundle),
+            "scheduling_strategy": strategy,
+        }
+
+
+@contextmanager
+def reserve(recipe: Recipe, model: Path) -> Iterator[Placement]:
+    """Nodes and GPUs for all ranks and engines of a run, until the block ends.
+
+    Args:
+        model: its folder, which every node must see, as it must see the run's.
+
+    Raises:
+        ClusterError: too few GPUs, all of them taken, or a folder that a node does not see.
+    """
+    known = cluster_nodes()
+    if len(known) == 1:
+        seen: dict[str, list[str]] = {known[0].id: []}
+    else:
+        with canary(recipe.run_dir.parent) as file:
+            seen = answering([n.id for n in known], [str(model / "config.json"), str(file)])
+    assignment = assign([n for n in known if n.id in seen], recipe.policy, recipe.rollout.engines)
+    used = set(assignment.bundles)
+    hosts = {node.id: node.host for node in known if node.id in used}
+    blind = {hosts[node]: missing for node, missing in seen.items() if node in used and missing}
+    if blind:
+        lines = "\n  ".join(f"{host}: {', '.join(missing)}" for host, missing in blind.items())
+        raise ClusterError(
+            "runs_dir, model: some nodes do not see these files; put run and model where all nodes "
+            f"find them\n  {lines}"
+        )
+    resources = {"GPU": 1.0} if assignment.gpu else {"CPU": 0.01}
+    group = placement_group(
+        [dict(resources) for _ in assignment.bundles],
+        strategy="PACK",
+        bundle_label_selector=[{"ray.io/node-id": node} for node in assignment.bundles],
+    )
+    try:
+        if not group.wait(RESERVE_SECONDS):
+            raise ClusterError(
+                f"RAY_ADDRESS: {len(assignment.bundles)} GPUs could not be reserved within "
+                f"{RESERVE_SECONDS:.0f} s; another run holds them. Wait for its end, or use "
+                "another Ray cluster"
+            )
+        yield Placement(assignment, group, hosts)
+    finally:
+        remove_placement_group(group)
+
+
+def cluster_nodes() -> list[Node]:
+    """Nodes that Ray believes alive, this process's own first, the others by address."""
+    here = ray.get_runtime_context().get_node_id()
+    found = [
+        Node(n["NodeID"], n["NodeManagerAddress"], int(n["Resources"].get("GPU", 0)))
+        for n in ray.nodes()
+        if n["Alive"]
+    ]
+    return sorted(found, key=lambda node: (node.id != here, _by_number(node.host), node.id))
+
+
+@contextmanager
+def canary(folder: Path) -> Iterator[Path]:
+    """A new file, by which other nodes show that they see this very folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder.resolve() / f".seen_{uuid.uuid4().hex}"
+    file.touch()
+    try:
+        yield file
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def answering(nodes: Iterable[str], files: Sequence[str] = ()) -> dict[str, list[str]]:
+    """{node id: files it does not see} of the nodes that run a task within ANSWER_SECONDS.
+
+    This process's own node needs no question.
+    """
+    here = ray.get_runtime_context().get_node_id()
+    found: dict[str, list[str]] = {}
+    tasks = {}
+    for node in nodes:
+        if node == here:
+            found[node] = []
+            continue
+        strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+        task = _unseen.options(num_cpus=0, max_retries=0, scheduling_strategy=strategy)
+        tasks[task.remote(files)] = node
+    if not tasks:
+        return found
+    done, late = ray.wait(list(tasks), num_returns=len(tasks), timeout=ANSWER_SECONDS)
+    for reference in done:
+        try:
+            found[tasks[reference]] = ray.get(reference)
+        except RayError as error:
+            logger.warning("node %s: %s", tasks[reference], str(error).partition("\n")[0])
+    for reference in late:
+        ray.cancel(reference, force=True)
+    return found
+
+
+@ray.remote
+def _unseen(files: Sequence[str]) -> list[str]:
+    return [file for file in files if not listed(Path(file))]
+
+
+def listed(file: Path) -> bool:
+    """Whether its folder lists it: a listing makes a network file system look anew."""
+    try:
+        return file.name in os.listdir(file.parent)
+    except OSError:
+        return False
+
+
+def _by_number(host: str) -> tuple[Any, ...]:
+    """10.0.0.9 before 10.0.0.10."""
+    return tuple(int(part) if part.isdigit() else 0 for part in host.split(".")), host

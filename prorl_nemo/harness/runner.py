@@ -1,0 +1,263 @@
+"""The loop between generator and graders: every sample once, each written down when it is there.
+
+Requests of all benchmarks are one queue, so that no engine waits for the last long response of a
+benchmark before it begins the next. A sample's seed derives from (seed, item, index): neither the
+order of items nor the number of engines nor a kill changes which samples there are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from prorl_nemo.errors import UserError
+from prorl_nemo.evaluation.estimators import kind_of
+from prorl_nemo.evaluation.items import Item
+from prorl_nemo.evaluation.result import NOT_ASKED
+from prorl_nemo.evaluation.suite import Suite
+from prorl_nemo.harness.generator import Answer, CannotAsk, Generator, Rendered, Wanted, chat
+from prorl_nemo.harness.store import Store
+from prorl_nemo.harness.view import EvaluationView
+from prorl_nemo.rewards.extraction import final_part, last_tag
+from prorl_nemo.rewards.pool import GraderPool
+from prorl_nemo.rewards.sandbox.probe import working_backend
+from prorl_nemo.rewards.verdict import GradingError, Verdict
+from prorl_nemo.rollout.seeds import sample_seed
+
+_POLL_SECONDS = 0.25
+# Generous: how busy a machine is must not decide about an answer.
+_SOFT_SECONDS, _HARD_SECONDS = 10.0, 20.0
+# Responses that may wait for a grader before no new ones are asked for: they are in memory.
+_MOST_UNGRADED = 4096
+
+
+@dataclass(frozen=True)
+class Question:
+    """An item as this model is asked it; `prompt` is the reason where it cannot be."""
+
+    benchmark: str
+    item: Item
+    samples: int
+    prompt: Rendered | str
+
+    @property
+    def grading(self) -> dict[str, Any]:
+        """The grader's record, with what it must know of the prompt."""
+        inside = isinstance(self.prompt, Rendered) and self.prompt.thinking
+        return {**self.item.grading, "thinking": True} if inside else self.item.grading
+
+
+@dataclass
+class Times:
+    """Where the time went, in seconds.
+
+    Attributes:
+        busy: generating or grading.
+        own: of it, this process's work beside them: asking, writing, counting.
+        tokens, samples: that were generated.
+        stages: what came before and after, by name.
+    """
+
+    busy: float = 0.0
+    own: float = 0.0
+    tokens: int = 0
+    samples: int = 0
+    stages: dict[str, float] = field(default_factory=dict)
+
+
+def open_graders(suite: Suite, workers: int | None, sandbox: str) -> GraderPool:
+    """The graders that a suite needs. Raises UserError where its code could not be isolated."""
+    kinds = sorted({item.grading["kind"] for part in suite.parts for item in part.items.items})
+    if "code" in kinds:
+        working_backend(sandbox)
+    return GraderPool(
+        # Graders work while the engines do, so they get half of the cores.
+        workers or max(1, (os.cpu_count() or 2) // 2),
+        soft_limit_s=_SOFT_SECONDS,
+        hard_limit_s=_HARD_SECONDS,
+        preload=kinds,
+        sandbox=sandbox,
+    )
+
+
+def render(suite: Suite, generator: Generator) -> dict[str, Question]:
+    """Every item as the model is asked it, by id."""
+    questions = {}
+    for part in suite.parts:
+        for item in part.items.items:
+            prompt: Rendered | str
+            try:
+                prompt = generator.render(chat(part.benchmark.system, item.prompt))
+            except CannotAsk as why:
+                prompt = str(why)
+            question = Question(part.benchmark.name, item, part.samples, prompt)
+            questions[item.item_id] = question
+    return questions
+
+
+def prompts_sha256(questions: Mapping[str, Question]) -> str:
+    """Of every prompt as the model reads it. A template may change by itself: some write the date
+    into the system turn, and another release of a library may render otherwise."""
+    found = hashlib.sha256()
+    for item_id in sorted(questions):
+        prompt = questions[item_id].prompt
+        text = prompt.text if isinstance(prompt, Rendered) else prompt
+        found.update(json.dumps([item_id, text]).encode())
+    return found.hexdigest()
+
+
+def longest(questions: Mapping[str, Question]) -> int:
+    """Tokens of the longest prompt; 0 where a server counts them."""
+    prompts = [q.prompt for q in questions.values() if isinstance(q.prompt, Rendered)]
+    return max((len(p.token_ids) for p in prompts if p.token_ids is not None), default=0)
+
+
+def answer_all(
+    questions: Mapping[str, Question],
+    seed: int,
+    generator: Generator,
+    graders: GraderPool,
+    store: Store,
+    view: EvaluationView,
+    stop: threading.Event,
+) -> Times:
+    """Generate and grade what the store lacks; returns early once `stop` is set.
+
+    Raises:
+        UserError: engine, server, grader or disk cannot go on. What there was is kept.
+    """
+    times = Times()
+    grading: deque[tuple[dict[str, Any], Future[Verdict]]] = deque()
+
+    def grade(row: dict[str, Any]) -> None:
+        request_id = f"{row['item']}#{row['sample']}"
+        record = questions[row["item"]].grading
+        future = graders.submit(request_id, record, row["response"], training=False)
+        grading.append((row, future))
+
+    for row in store.ungraded:
+        if row["item"] in questions:
+            grade(row)
+    known = {(row["item"], row["sample"]) for row in store.ungraded}
+    wanted = _wanted(questions, seed, store, known)
+    under_way: dict[str, dict[str, Any]] = {}
+    exhausted = False
+    while not stop.is_set():
+        began = time.perf_counter()
+        batch = []
+        while not exhausted and len(under_way) < generator.capacity:
+            if len(grading) >= _MOST_UNGRADED:
+                break
+            following = next(wanted, None)
+            if following is None:
+                exhausted = True
+                break
+            row, request = following
+            if request is None:
+                store.graded(row)
+                view.sample(row)
+                continue
+            under_way[request.request_id] = row
+            batch.append(request)
+        if batch:
+            generator.submit(batch)
+        if not under_way and not grading:
+            break
+        asked = time.perf_counter()
+        if under_way:
+            answers = generator.poll(0.0 if grading and grading[0][1].done() else _POLL_SECONDS)
+        else:
+            answers = []
+            # What it raises is raised where its row is written.
+            grading[0][1].exception()
+        answered = time.perf_counter()
+        for answer in answers:
+            row = _answered(under_way.pop(answer.request_id), answer)
+            store.generated(row)
+            times.tokens += answer.tokens
+            times.samples += 1
+            grade(row)
+        # In whatever order they are done: a slow one does not hold up the others.
+        for _ in range(len(grading)):
+            row, future = grading.popleft()
+            if not future.done():
+                grading.append((row, future))
+                continue
+            graded = verdict_of(row, questions[row["item"]].grading, future)
+            store.graded(graded)
+            view.sample(graded)
+        view.progress(times.tokens, len(under_way), len(grading))
+        ended = time.perf_counter()
+        times.busy += ended - began
+        times.own += (asked - began) + (ended - answered)
+    return times
+
+
+def _wanted(
+    questions: Mapping[str, Question], seed: int, store: Store, known: set[tuple[str, int]]
+) -> Iterator[tuple[dict[str, Any], Wanted | None]]:
+    """Rows to be filled, each with the request that fills it; None where there is none to make."""
+    for item_id, question in questions.items():
+        for index in range(question.samples):
+            key = (item_id, index)
+            if key in store or key in known:
+                continue
+            own_seed = sample_seed(seed, item_id, 0, index)
+            row: dict[str, Any] = {
+                "benchmark": question.benchmark,
+                "item": item_id,
+                "sample": index,
+                "seed": own_seed,
+            }
+            if isinstance(question.prompt, str):
+                reason = f"{NOT_ASKED}: {question.prompt}"
+                empty = Answer("", "", [], 0, False)
+                row = _answered({**row, "prompt": question.item.prompt}, empty)
+                yield with_verdict(row, question.grading, Verdict(0.0, {}, reason)), None
+                continue
+            row["prompt"] = question.prompt.text
+            yield row, Wanted(f"{item_id}#{index}", question.prompt, own_seed)
+
+
+def _answered(row: dict[str, Any], answer: Answer) -> dict[str, Any]:
+    return {
+        **row,
+        "response": answer.text,
+        "token_ids": answer.token_ids,
+        "tokens": answer.tokens,
+        "truncated": answer.truncated,
+    }
+
+
+def verdict_of(
+    row: dict[str, Any], grading: dict[str, Any], future: Future[Verdict]
+) -> dict[str, Any]:
+    """A sample with the verdict that `future` holds. Raises UserError for a malformed record."""
+    try:
+        return with_verdict(row, grading, future.result())
+    except GradingError as error:
+        raise UserError(f"{row['item']}: its grading record is malformed: {error}") from None
+
+
+def with_verdict(row: dict[str, Any], grading: dict[str, Any], verdict: Verdict) -> dict[str, Any]:
+    """A sample with a verdict, in the place of the one it may have."""
+    answer = verdict.parts.get("answer")
+    if grading["kind"] == "reasoning_gym":
+        # Its graders do not repeat the answer that they found.
+        answer = last_tag(final_part(row["response"], grading))
+    return {
+        **row,
+        "score": verdict.score,
+        "verdict": kind_of(verdict.score, verdict.reason),
+        "reason": verdict.reason,
+        "parts": verdict.parts,
+        "answer": None if answer is None else str(answer),
+    }

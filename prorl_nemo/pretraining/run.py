@@ -1,0 +1,256 @@
+"""`prorl pretrain`: the trainer's ranks, a cross-entropy loss, a model folder at the end.
+
+The same Megatron policy, packed rows, optimizer and checkpoints as `prorl train`. An exam is
+exact and needs no samples: the chance that a response at temperature 1 is the reference response is
+the product of its tokens' probabilities. That is the least share of samples that are right: another
+working, or none, may lead to the answer too.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from rich.console import Console
+
+from prorl_nemo.cluster.policy_group import PolicyGroup
+from prorl_nemo.data.chat import (
+    FORMAT_INSTRUCTION,
+    ChatRenderer,
+    PromptDropped,
+    chat_messages,
+    load_tokenizer,
+)
+from prorl_nemo.errors import UserError
+from prorl_nemo.export import write_model
+from prorl_nemo.model_source import check_model_folder
+from prorl_nemo.pretraining.first_model import write_first_model
+from prorl_nemo.pretraining.problems import Problem, load_problems, step_of
+from prorl_nemo.recipe_pretrain import Pretraining
+from prorl_nemo.schedule.learning_rate import learning_rate
+from prorl_nemo.training.batch import TrainingBatch
+from prorl_nemo.training.metrics import RunLog
+from prorl_nemo.training.run_dir import open_run_dir
+from prorl_nemo.training.run_state import Checkpoints
+from prorl_nemo.training.session import start_ray
+from prorl_nemo.training.stopping import StopWatch
+
+UNSOLVED_IN = 256
+"""Samples in which a hopeless problem's reference response is expected less than once."""
+
+Encoded = tuple[list[int], list[int]]
+
+
+def pretrain(settings: Pretraining, console: Console) -> Path | None:
+    """Train to the last step, or until stopped; resumes.
+
+    Returns:
+        the model's folder, or None if it was stopped (and saved).
+
+    Raises:
+        UserError: anything about recipe, machine or run directory that has to be changed.
+    """
+    run_dir = settings.run_dir
+    stop = StopWatch(settings.faults.stop_seconds)
+    with open_run_dir(settings), RunLog(run_dir) as log, stop.listening():
+        checkpoints = Checkpoints(run_dir / "checkpoints", keep_last=1)
+        try:
+            train, exam = load_problems(
+                settings, run_dir, lambda task: console.print(f"problems of {task}")
+            )
+            first = run_dir / "first"
+            texts = [f"user assistant {FORMAT_INSTRUCTION}", *_texts(train)]
+            precision = settings.policy.precision
+            write_first_model(first, settings.shape, texts, settings.seed, precision)
+            check_model_folder(first)
+            run = _Run(settings, first, train, exam, log, checkpoints, console)
+            if not run.to_the_end(stop):
+                return None
+        finally:
+            checkpoints.close()
+    model = run_dir / "model"
+    if not model.exists():
+        about = {"run": settings.name, "step": settings.steps, "pretrained": True}
+        last = checkpoints.path(settings.steps) / "policy"
+        write_model(last, first, model, precision, about)
+    return model
+
+
+def _texts(problems: list[Problem]) -> Iterator[str]:
+    for problem in problems:
+        yield problem.question
+        yield problem.response
+
+
+class Encoder:
+    """Problems as token ids, rendered as a training run will render them.
+
+    Args:
+        tokens: longest prompt and answer together.
+    """
+
+    def __init__(self, folder: Path, tokens: int) -> None:
+        self.tokenizer = load_tokenizer(folder)
+        self._renderer = ChatRenderer(self.tokenizer, tokens)
+        self._tokens = tokens
+
+    def encode(self, problem: Problem) -> Encoded:
+        """Prompt, and response with its end of turn. Raises PromptDropped."""
+        prompt = self._renderer.render(chat_messages(problem.question))
+        ids: list[int] = self.tokenizer(problem.response, add_special_tokens=False)["input_ids"]
+        response = [*ids, int(self.tokenizer.eos_token_id)]
+        if len(prompt) + len(response) > self._tokens:
+            raise PromptDropped("longer than shape.max_positions")
+        return prompt, response
+
+
+def batch_of(encoded: list[Encoded], loss_on: str) -> TrainingBatch:
+    """Sequences of their own, predicted from the answer on (`response`) or throughout (`all`)."""
+    if loss_on == "all":
+        encoded = [(prompt[:1], [*prompt[1:], *response]) for prompt, response in encoded]
+    responses = [np.asarray(response, dtype=np.int64) for _, response in encoded]
+    return TrainingBatch(
+        prompts=[prompt for prompt, _ in encoded],
+        groups=[[index] for index in range(len(encoded))],
+        responses=responses,
+        engine_logprobs=[np.zeros(len(r), dtype=np.float32) for r in responses],
+        advantages=[0.0] * len(encoded),
+        temperature=1.0,
+    )
+
+
+class _Run:
+    """The loop, from the newest checkpoint on."""
+
+    def __init__(
+        self,
+        settings: Pretraining,
+        first: Path,
+        train: list[Problem],
+        exam: list[Problem],
+        log: RunLog,
+        checkpoints: Checkpoints,
+        console: Console,
+    ) -> None:
+        self.settings, self.first, self.log = settings, first, log
+        self.checkpoints, self.console = checkpoints, console
+        self.encoder = Encoder(first, settings.shape.max_positions)
+        self.train = self._usable(train)
+        self.exam = self._usable(exam)
+        if not self.train or not self.exam:
+            raise UserError("shape.max_positions: no problem is short enough; raise it")
+        self.step = 0
+
+    def _usable(self, problems: list[Problem]) -> list[tuple[Problem, Encoded]]:
+        usable, dropped = [], 0
+        for problem in problems:
+            try:
+                usable.append((problem, self.encoder.encode(problem)))
+            except PromptDropped:
+                dropped += 1
+        if dropped:
+            self.console.print(f"{dropped} of {len(problems)} problems are left out: too long")
+        return usable
+
+    def to_the_end(self, stop: StopWatch) -> bool:
+        settings = self.settings
+        newest, damaged = self.checkpoints.newest_whole()
+        for step, reason in damaged.items():
+            self.console.print(f"checkpoint of step {step} is damaged and not used: {reason}")
+        self.log.truncate_after(newest or -1)
+        if newest == settings.steps:
+            return True
+        with ExitStack() as stack:
+            if not ray.is_initialized():
+                start_ray()
+                stack.callback(ray.shutdown)
+            policy = PolicyGroup(settings.training_recipe(self.first), self.first)
+            stack.callback(policy.shutdown)
+            if newest is not None:
+                policy.load(self.checkpoints.path(newest) / "policy")
+                self.step = newest
+            while self.step < settings.steps:
+                self._step(policy)
+                last = self.step == settings.steps
+                if last or self.step % settings.exam.interval == 0:
+                    self._examine(policy)
+                reason = stop.should_stop(0.0)
+                if last or reason or self.step % settings.checkpoint.interval == 0:
+                    self._save(policy)
+                if reason and not last:
+                    return False
+        return True
+
+    def _step(self, policy: PolicyGroup) -> None:
+        settings, optimizer = self.settings, self.settings.policy.optimizer
+        self.step += 1
+        rate = learning_rate(
+            self.step,
+            peak=optimizer.learning_rate,
+            total_steps=settings.steps,
+            schedule=optimizer.schedule,
+            warmup_steps=optimizer.warmup_steps,
+            decay_steps=optimizer.decay_steps,
+            floor=optimizer.min_learning_rate,
+        )
+        chosen = step_of(len(self.train), settings.problems_per_step, self.step, settings.seed)
+        batch = batch_of([self.train[index][1] for index in chosen], settings.loss_on)
+        started = time.monotonic()
+        record = policy.supervise(batch, rate)
+        if record["skipped"]:
+            raise UserError(
+                f"policy.optimizer.learning_rate: gradients of step {self.step} are not finite; "
+                "lower it, or set policy.precision=fp32"
+            )
+        self.log.metrics(
+            {
+                "kind": "train",
+                "step": self.step,
+                "policy/loss": record["loss_sum"] / record["tokens"],
+                "policy/grad_norm": record["grad_norm"],
+                "policy/learning_rate": rate,
+                "pretrain/predicted_tokens": int(record["tokens"]),
+                "time/step": time.monotonic() - started,
+            }
+        )
+
+    def _examine(self, policy: PolicyGroup) -> None:
+        logprobs, _ = policy.logprobs(batch_of([pair for _, pair in self.exam], "response"))
+        chances = [math.exp(float(each.sum(dtype=np.float64))) for each in logprobs]
+        row = exam_row([problem.task for problem, _ in self.exam], chances)
+        self.log.metrics({**row, "step": self.step})
+        by_task = ", ".join(f"{t} {v:.2f}" for t, v in row["exam/by_task"].items())
+        self.console.print(
+            f"step {self.step}: reference response at temperature 1: {row['validation/mean']:.3f}; "
+            f"less than once in {UNSOLVED_IN}: {row['exam/hopeless_share']:.3f} ({by_task})"
+        )
+
+    def _save(self, policy: PolicyGroup) -> None:
+        self.checkpoints.begin(self.step, {"step": self.step}, policy.begin_save)
+        outcome = self.checkpoints.wait()
+        if outcome is not None and outcome.error is not None:
+            raise UserError(f"checkpoint: {outcome.path} could not be written ({outcome.error})")
+
+
+def exam_row(tasks: list[str], chances: list[float]) -> dict[str, Any]:
+    """Figures of an exam: chances of the reference response, by task and over all problems."""
+    by_task: dict[str, list[float]] = {}
+    for task, chance in zip(tasks, chances, strict=True):
+        by_task.setdefault(task, []).append(chance)
+    return {
+        "kind": "validation",
+        "validation/mean": statistics.fmean(chances),
+        "exam/hopeless_share": statistics.fmean(c * UNSOLVED_IN < 1 for c in chances),
+        "exam/by_task": {task: statistics.fmean(values) for task, values in by_task.items()},
+        "exam/hopeless_by_task": {
+            task: statistics.fmean(c * UNSOLVED_IN < 1 for c in values)
+            for task, values in by_task.items()
+        },
+    }

@@ -1,0 +1,144 @@
+"""`--tiny`: a recipe made small enough for two CPU cores, to prove what does not depend on size.
+
+A random model of the same family takes the model's place, an axis of the layout keeps at most two
+ranks, responses have some tokens, and data that was not built is made up, one small task of each
+domain. Algorithm, shaping, stages, reset rules, precision and graders stay the recipe's. FP8 and
+kernels that need a GPU are left out, and said to be.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from prorl_nemo.data.record import Record
+from prorl_nemo.data.shards import FORMAT, ShardWriter, write_manifest
+from prorl_nemo.planning.shapes import model_shape
+from prorl_nemo.recipe import Recipe, parse_recipe
+from prorl_nemo.rewards.gold import known_item
+from prorl_nemo.tiny_model import tiny_model
+
+_RESPONSE, _PROMPT = 24, 768
+_SAMPLES = 4
+_RECORDS, _HELD_OUT = 12, 4
+_AXES = ("tensor_parallel", "pipeline_parallel", "context_parallel", "data_parallel")
+
+
+def shrink(recipe: Recipe, folder: Path) -> tuple[Recipe, list[str]]:
+    """The small recipe, and what of the large one it leaves out.
+
+    Args:
+        folder: new or empty, for the model and the data; must live as long as the recipe is used.
+
+    Raises:
+        ModelError: a model whose shape is not known (see `prorl plan --model`).
+    """
+    spec = model_shape(recipe.model)
+    model = tiny_model(
+        spec.family,  # type: ignore[arg-type]
+        folder / "model",
+        tied=spec.tied,
+        layers=4,
+        kv_heads=2 if spec.groups % 2 == 0 else 1,
+        max_positions=4096,
+    )
+    settings = recipe.model_dump(mode="json")
+    left_out = _policy(settings["policy"])
+    settings |= {"name": f"{recipe.name}-tiny", "runs_dir": str(folder / "runs")}
+    settings |= {"model": str(model)}
+    _rollout(settings)
+    _data(settings, folder / "data")
+    return parse_recipe(settings), left_out
+
+
+def _policy(policy: dict[str, Any]) -> list[str]:
+    left_out = []
+    for axis in _AXES:
+        policy[axis] = min(2, policy[axis]) if axis != "data_parallel" else 1
+    policy["virtual_pipeline"] = min(2, policy["virtual_pipeline"])
+    policy["tokens_per_microbatch"] = min(4096, policy["tokens_per_microbatch"])
+    policy["threads"] = 1
+    if policy["fp8"]:
+        left_out.append(
+            f"policy.fp8: {policy['fp8']} needs a GPU; checked in {policy['precision']}"
+        )
+        policy["fp8"] = None
+    if policy["attention"] == "flex":
+        left_out.append("policy.attention: flex needs a GPU; checked with sdpa")
+        policy["attention"] = "sdpa"
+    return left_out
+
+
+def _rollout(settings: dict[str, Any]) -> None:
+    rollout, algorithm = settings["rollout"], settings["algorithm"]
+    longest = max(
+        stage["max_response_tokens"] or rollout["max_response_tokens"]
+        for stage in settings["stages"]
+    )
+    scale = _RESPONSE / longest
+    algorithm["minibatches"] = min(2, algorithm["minibatches"])
+    rollout |= {
+        "prompts_per_step": 4,
+        "samples_per_prompt": _SAMPLES,
+        "max_response_tokens": max(4, round(rollout["max_response_tokens"] * scale)),
+        "engines": 1,
+        "engine_threads": 1,
+        "kv_cache_mib": 64,
+        "weight_transfer": "host",
+        "sleep_in_updates": False,
+    }
+    for stage in settings["stages"]:
+        if stage["max_response_tokens"]:
+            stage["max_response_tokens"] = max(4, round(stage["max_response_tokens"] * scale))
+        if stage["samples_per_prompt"]:
+            stage["samples_per_prompt"] = _SAMPLES
+    if settings["shaping"]["overlong"]:
+        settings["shaping"]["overlong"]["buffer_tokens"] = _RESPONSE // 4
+    settings["validation"] |= {"prompts_per_task": 2, "samples": 1}
+    settings["grading"]["workers"] = 1
+    settings["checkpoint"] |= {"keep_last": 1, "background": False}
+
+
+def _data(settings: dict[str, Any], folder: Path) -> None:
+    """Built data is made up; tasks of Reasoning Gym stay, with fewer questions."""
+    data = settings["data"]
+    data["max_prompt_tokens"] = _PROMPT
+    domains = sorted({source["domain"] for source in data["sources"] if source["domain"]})
+    for source in data["sources"]:
+        source["size"] = min(100, source["size"])
+        if source["kind"] == "built":
+            source |= {"folder": str(folder), "size": 2000}
+            source["task"] = None
+    data["build"] = None
+    if domains:
+        write_small_data(folder, domains)
+
+
+def write_small_data(folder: Path, domains: list[str]) -> None:
+    """Some problems of each domain in the layout of `prorl data build`, with real gradings."""
+    folder.mkdir(parents=True)
+    shards: list[dict[str, Any]] = []
+    for domain in domains:
+        for split, count in (("train", _RECORDS), ("held_out", _HELD_OUT)):
+            writer = ShardWriter(folder, domain, split)
+            for number in range(count):
+                grading = _grading(domain, number)
+                problem = f"Small {domain} problem {number} of {split}: {json.dumps(grading)[:60]}"
+                identity = f"small/{domain}/{split}/{number}"
+                writer.write(Record(identity, domain, f"small_{domain}", problem, grading))
+            writer.close()
+            shards += writer.shards
+    counts = {"train": _RECORDS, "held_out": _HELD_OUT}
+    tasks = {domain: {f"small_{domain}": counts} for domain in domains}
+    write_manifest(folder, {"format": FORMAT, "tasks": tasks, "shards": shards})
+
+
+def _grading(domain: str, number: int) -> dict[str, Any]:
+    if domain == "math":
+        return {"kind": "math", "answer": str(number + 2)}
+    if domain == "stem":
+        return {"kind": "multiple_choice", "answer": "ABCD"[number % 4]}
+    known = known_item("reasoning_gym" if domain == "logic" else domain)
+    assert known is not None
+    return known[0]

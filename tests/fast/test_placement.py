@@ -1,0 +1,112 @@
+"""Who runs where: whole groups on a node, engines beside ranks, refusals that say why."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from prorl_nemo.cluster.placement import Assignment, ClusterError, Node, assign, canary, listed
+from prorl_nemo.recipe import Policy
+
+
+def nodes(*gpus: int) -> list[Node]:
+    return [Node(f"id{i}", f"10.0.0.{i}", count) for i, count in enumerate(gpus)]
+
+
+def policy(tensor: int = 1, context: int = 1, pipeline: int = 1, data: int = 1) -> Policy:
+    return Policy(
+        tensor_parallel=tensor,
+        context_parallel=context,
+        pipeline_parallel=pipeline,
+        data_parallel=data,
+        shared_prompts=context == 1,
+    )
+
+
+def test_by_hand_on_gpus() -> None:
+    """Three GPUs a node leave one idle in each: a group of two may not straddle."""
+    found = assign(nodes(3, 3, 3), policy(tensor=2, data=3), engines=3)
+    assert found.bundles == ("id0", "id0", "id1", "id1", "id2", "id2")
+    assert found.ranks == (0, 1, 2, 3, 4, 5)
+    # An engine on every node, each beside the first rank of a group.
+    assert found.engines == (0, 2, 4)
+    assert [found.gpu_share(b) for b in range(6)] == [0.5, 1.0, 0.5, 1.0, 0.5, 1.0]
+
+
+def test_more_engines_than_ranks_take_idle_gpus() -> None:
+    found = assign(nodes(2, 2), policy(data=2), engines=4)
+    assert found.bundles == ("id0", "id0", "id1", "id1")
+    assert found.engines == (0, 1, 2, 3) and found.ranks == (0, 1)
+
+
+def test_by_hand_on_cpus() -> None:
+    found = assign(nodes(0, 0), policy(tensor=2, data=2), engines=3)
+    assert not found.gpu and found.bundles == ("id0", "id1")
+    assert found.ranks == (0, 0, 1, 1) and found.engines == (0, 0, 1)
+    assert found.neighbours(found.engines, 0) == 2 and found.gpu_share(0) == 0.0
+    assert assign(nodes(0, 0), policy(), 1).ranks == (0,)
+
+
+def test_login_node_without_gpus_gets_nothing() -> None:
+    assert set(assign(nodes(0, 4), policy(data=4), 4).bundles) == {"id1"}
+
+
+LAYOUTS = [
+    (policy(tensor=t, context=c, pipeline=p, data=d), gpus, engines)
+    for t, c, p, d in itertools.product((1, 2, 4), (1, 2), (1, 2), (1, 3))
+    for gpus in ((8, 8, 8, 8), (4, 6, 3, 8, 5, 8), (2, 2, 16, 32), (48,))
+    for engines in (1, 3, t * c * p * d, t * c * p * d + 2)
+]
+
+
+def _obeys(found: Assignment, layout: Policy, gpus: tuple[int, ...], engines: int) -> None:
+    assert len(found.ranks) == layout.ranks and len(found.engines) == engines
+    used = [found.bundles.count(f"id{i}") for i in range(len(gpus))]
+    assert all(n <= most for n, most in zip(used, gpus, strict=True))
+    inner = layout.tensor_parallel * layout.context_parallel
+    for first in range(0, layout.ranks, inner):
+        group = {found.node(found.ranks[r]) for r in range(first, first + inner)}
+        assert len(group) == 1
+    # No GPU is asked for more than the whole of itself, and none has two engines.
+    for bundle in range(len(found.bundles)):
+        users = found.ranks.count(bundle) + found.engines.count(bundle)
+        assert users * found.gpu_share(bundle) == pytest.approx(1.0)
+        assert found.ranks.count(bundle) <= 1 and found.engines.count(bundle) <= 1
+
+
+def test_every_layout_obeys() -> None:
+    """Assigned, or refused because greedy counting by hand finds too few GPUs."""
+    refused = 0
+    for layout, gpus, engines in LAYOUTS:
+        inner = layout.tensor_parallel * layout.context_parallel
+        room = sum(n // inner * inner for n in gpus)
+        enough = room >= layout.ranks and sum(gpus) >= max(layout.ranks, engines)
+        try:
+            found = assign(nodes(*gpus), layout, engines)
+        except ClusterError as error:
+            assert not enough and "10.0.0.0" in str(error)
+            refused += 1
+        else:
+            assert enough
+            _obeys(found, layout, gpus, engines)
+    assert 0 < refused < len(LAYOUTS) // 2
+
+
+def test_a_group_larger_than_a_node_is_refused() -> None:
+    with pytest.raises(ClusterError, match=r"policy.tensor_parallel: 4 ranks .* has 2 GPUs"):
+        assign(nodes(2, 2), policy(tensor=4), 1)
+    with pytest.raises(ClusterError, match="no node that answers"):
+        assign([], policy(), 1)
+
+
+def test_context_parallel_may_cross_nodes_where_it_must() -> None:
+    found = assign(nodes(2, 2), policy(tensor=2, context=2), 1)
+    assert found.bundles == ("id0", "id0", "id1", "id1")
+
+
+def test_canary(tmp_path: Path) -> None:
+    with canary(tmp_path / "new") as file:
+        assert listed(file)
+    assert not listed(file) and not listed(tmp_path / "absent" / "file")

@@ -1,0 +1,81 @@
+"""`prorl check --tiny`: recipes become such that two cores can run (all: `make check-recipes`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from prorl_nemo.data.chat import load_tokenizer
+from prorl_nemo.data.prompts import load_prompts
+from prorl_nemo.megatron.layout import check_layout, read_model_spec
+from prorl_nemo.planning.shapes import model_shape
+from prorl_nemo.recipe import load_recipe
+from prorl_nemo.rewards.gold import gold_response
+from prorl_nemo.rewards.registry import grade
+from prorl_nemo.shrink import shrink, write_small_data
+
+ROOT = Path(__file__).parents[2]
+RECIPES = [
+    ROOT / "recipes" / name
+    for name in (
+        "nemotron_1.5b/v1.yaml",
+        "nemotron_1.5b/v2_b200.yaml",
+        "qwen3_4b/v2.yaml",
+        "dapo_math/qwen2.5_math_1.5b.yaml",
+        "smoke/domains.yaml",
+    )
+]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_recipes_shrink(path: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(path)
+    small, left_out = shrink(recipe, tmp_path)
+    spec, whole = read_model_spec(Path(small.model)), model_shape(recipe.model)
+    assert (spec.family, spec.tied, spec.qkv_bias, spec.qk_norm) == (
+        whole.family,
+        whole.tied,
+        whole.qkv_bias,
+        whole.qk_norm,
+    )
+    check_layout(small.policy, spec)
+    assert small.policy.ranks <= 4 and small.rollout.engines == 1
+    # An axis that is used is still used.
+    for axis in ("tensor_parallel", "pipeline_parallel", "context_parallel"):
+        assert (getattr(small.policy, axis) > 1) == (getattr(recipe.policy, axis) > 1)
+    limit = small.rollout.max_response_tokens
+    longest = max(stage.max_response_tokens or limit for stage in small.stages)
+    assert small.data.max_prompt_tokens + longest <= spec.max_positions
+    # What the check is about stays the recipe's.
+    assert small.algorithm.kl == recipe.algorithm.kl
+    assert small.algorithm.advantage == recipe.algorithm.advantage
+    assert small.shaping.cosine == recipe.shaping.cosine
+    assert small.policy.precision == recipe.policy.precision
+    assert small.reference_reset == recipe.reference_reset
+    assert [s.name for s in small.stages] == [s.name for s in recipe.stages]
+    assert bool(left_out) == bool(recipe.policy.fp8 or recipe.policy.attention == "flex")
+    assert [s.label for s in small.data.sources] == [
+        s.domain if s.kind == "built" else s.task for s in recipe.data.sources
+    ]
+
+
+def test_small_data_of_all_domains(tmp_path: Path) -> None:
+    """Read as built data is, with gradings that graders take and gold answers that they pass."""
+    recipe, _ = shrink(load_recipe(ROOT / "recipes/nemotron_1.5b/v2.yaml"), tmp_path)
+    prompts = load_prompts(recipe, load_tokenizer(Path(recipe.model)))
+    assert {p.domain for p in prompts.validation} == {
+        "math", "code", "stem", "logic", "instructions",
+    }  # fmt: skip
+    drawn = [prompts.stream.draw()[0] for _ in range(20)]
+    assert len({p.prompt_id for p in drawn}) == 20
+    for prompt in prompts.validation:
+        gold = gold_response(prompt.grading)
+        if prompt.domain in ("math", "stem", "logic"):
+            assert gold and grade(prompt.grading, gold).score == 1.0
+
+
+def test_data_folder_must_be_new(tmp_path: Path) -> None:
+    write_small_data(tmp_path / "data", ["math"])
+    with pytest.raises(FileExistsError):
+        write_small_data(tmp_path / "data", ["math"])

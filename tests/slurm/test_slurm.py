@@ -1,0 +1,246 @@
+"""The sbatch scripts under real Slurm daemons: `make test-slurm`. Minutes; not part of `make test`.
+
+Each test submits slurm/train.sbatch with recipes/smoke/two_nodes.yaml, two ranks and two engines
+over two nodes, and does to the job what happens on clusters.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from daemons import Slurm
+
+from prorl_nemo.tiny_arithmetic import tiny_arithmetic_folder
+
+ROOT = Path(__file__).parents[2]
+RECIPE = "recipes/smoke/two_nodes.yaml"
+SECONDS = 480.0
+OPTIONS = ["--gpus-per-node=0", "--mem=1G", "--nodes=2", "--time=30", "--signal=B:USR1@30"]
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[Slurm]:
+    tiny_arithmetic_folder()  # Both nodes would build it at once.
+    made = Slurm()
+    try:
+        made.start()
+        yield made
+    finally:
+        made.stop()
+
+
+class Job:
+    """A submitted train.sbatch and what it leaves in `folder`."""
+
+    def __init__(
+        self,
+        slurm: Slurm,
+        folder: Path,
+        *changes: str,
+        options: tuple[str, ...] = (),
+        script: str = "train",
+        **env: str,
+    ) -> None:
+        self.slurm, self.folder = slurm, folder
+        self.name = next((c.split("=")[1] for c in changes if c.startswith("name=")), "two-nodes")
+        self.run_dir = folder / "runs" / self.name
+        settings = {"PRORL_HOME": str(ROOT), "PRORL_LOGS": str(folder / "logs")}
+        settings |= {"PRORL_MIN_MEMORY_GIB": "1", "PRORL_MIN_DISK_GIB": "0.1"}
+        exported = ",".join(f"{k}={v}" for k, v in {**settings, **env}.items())
+        self.output = folder / f"{self.name}-%j.out"
+        command = ["sbatch", "--parsable", f"--output={self.output}", f"--export=ALL,{exported}"]
+        command += [*OPTIONS, *options, f"slurm/{script}.sbatch", RECIPE]
+        os.chdir(ROOT)
+        self.id = slurm.run(*command, f"runs_dir={folder}/runs", *changes)
+
+    @property
+    def text(self) -> str:
+        path = Path(str(self.output).replace("%j", self.id))
+        return path.read_text() if path.exists() else ""
+
+    @property
+    def state(self) -> str:
+        found = re.search(r"JobState=(\w+)", self.slurm.run("scontrol", "show", "job", self.id))
+        return found[1] if found else ""
+
+    @property
+    def step(self) -> int:
+        path = self.run_dir / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+
+    def events(self, name: str) -> list[dict]:
+        path = self.run_dir / "events.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [row for row in map(json.loads, lines) if row["event"] == name]
+
+    def until(self, what: str, condition: object, seconds: float = SECONDS) -> float:
+        """Wait; seconds it took."""
+        started = time.monotonic()
+        while time.monotonic() - started < seconds:
+            if condition():  # type: ignore[operator]
+                return time.monotonic() - started
+            time.sleep(0.3)
+        logs = sorted((self.folder / "logs").glob("*/*/node_*.log"))
+        tails = "\n".join(f"{p}:\n{p.read_text()[-2000:]}" for p in logs[-2:])
+        raise AssertionError(f"not {what} in {seconds:.0f} s; {self.state}\n{self.text}\n{tails}")
+
+    def until_step(self, step: int) -> None:
+        self.until(f"at step {step}", lambda: self.step >= step)
+
+    def until_state(self, *states: str) -> float:
+        return self.until(f"{states}", lambda: self.state in states)
+
+    def ask_to_stop(self) -> None:
+        """The signal that --signal sends before the time limit."""
+        self.slurm.run("scancel", "--batch", "--signal=USR1", self.id)
+
+    def steps_logged(self) -> list[int]:
+        rows = [json.loads(line) for line in (self.run_dir / "metrics.jsonl").open()]
+        return [row["step"] for row in rows if row["kind"] == "train"]
+
+
+def nothing_is_left() -> None:
+    """No process of Ray or of ours below a slurmd, some seconds after a job's end."""
+    deadline = time.monotonic() + 30
+    while True:
+        left = [
+            " ".join(p.info["cmdline"][:4])
+            for p in psutil.process_iter(["cmdline"])
+            if any("/prorl" in part and "temp" in part for part in p.info["cmdline"] or [])
+            or any("node_agent" in part for part in p.info["cmdline"] or [])
+        ]
+        if not left:
+            return
+        assert time.monotonic() < deadline, left
+        time.sleep(0.5)
+
+
+def test_time_limit_saves_and_requeues(slurm: Slurm, tmp_path: Path) -> None:
+    """Two minutes of time, signalled a minute before, for a run that needs more."""
+    options = ("--time=2", "--signal=B:USR1@30")
+    job = Job(slurm, tmp_path, "stages=[{steps: 45}]", options=options)
+    job.until_state("COMPLETED")
+    assert "asked to save and end" in job.text and "back into the queue" in job.text
+    assert "two-nodes is finished at step 45" in job.text
+    assert job.steps_logged() == list(range(1, 46)), "every step once"
+    hosts = {row["event"] for row in job.events("resumed")}
+    assert hosts == {"resumed"}
+    # Logs by attempt, the last one named.
+    attempts = sorted((tmp_path / "logs/two-nodes").glob(f"{job.id}.*"))
+    assert len(attempts) >= 2
+    assert (tmp_path / "logs/two-nodes/latest").resolve() == attempts[-1]
+    assert {p.name for p in attempts[0].glob("node_*.log")} == {"node_0.log", "node_1.log"}
+    assert "Ray runs on 2 nodes" in (attempts[0] / "node_0.log").read_text()
+    nothing_is_left()
+
+
+def test_node_death(slurm: Slurm, tmp_path: Path) -> None:
+    job = Job(slurm, tmp_path, "stages=[{steps: 20}]")
+    job.until_step(6)
+    slurm.kill_node("n2")
+    seconds = job.until("over", lambda: "lost node n2" in job.text)
+    print(f"the attempt ended {seconds:.0f} s after the node died")
+    assert seconds < 60
+    slurm.start_node("n2")
+    job.until_state("COMPLETED")
+    assert "is finished at step 20" in job.text
+    assert job.steps_logged() == list(range(1, 21))
+    assert job.events("resumed")
+    nothing_is_left()
+
+
+def test_preemption(slurm: Slurm, tmp_path: Path) -> None:
+    job = Job(slurm, tmp_path, "stages=[{steps: 20}]")
+    job.until_step(6)
+    command = ["sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--wrap=sleep 5"]
+    other = slurm.run(*command, f"--output={tmp_path}/other.out")
+    job.until_state("PENDING")
+    job.until(
+        "other job over",
+        lambda: "JobState=COMPLETED" in slurm.run("scontrol", "show", "job", other),
+    )
+    job.until_state("COMPLETED")
+    assert "is finished at step 20" in job.text and job.events("resumed")
+    assert job.steps_logged() == list(range(1, 21))
+    nothing_is_left()
+
+
+def test_cancelled_stays_cancelled(slurm: Slurm, tmp_path: Path) -> None:
+    job = Job(slurm, tmp_path, "stages=[{steps: 5000}]")
+    job.until_step(2)
+    slurm.run("scancel", job.id)
+    job.until_state("CANCELLED")
+    nothing_is_left()
+    slurm.wait_idle()
+    assert "back into the queue" not in job.text
+
+
+def test_chained_jobs(slurm: Slurm, tmp_path: Path) -> None:
+    """The second goes on where the first was stopped, the third finds nothing to do."""
+    options = ("--dependency=singleton", "--job-name=chain")
+    jobs = [
+        Job(slurm, tmp_path, "stages=[{steps: 16}]", options=options, PRORL_AGAIN="chain")
+        for _ in range(3)
+    ]
+    jobs[0].until_step(4)
+    jobs[0].ask_to_stop()
+    jobs[0].until_state("COMPLETED")
+    assert "the next job of this name goes on" in jobs[0].text
+    jobs[2].until_state("COMPLETED")
+    assert "is finished at step 16" in jobs[1].text
+    assert "attempt" not in jobs[2].text and "is finished at step 16" in jobs[2].text
+    assert jobs[0].steps_logged() == list(range(1, 17))
+
+
+def test_two_jobs_on_the_same_nodes(slurm: Slurm, tmp_path: Path) -> None:
+    jobs = [Job(slurm, tmp_path, "stages=[{steps: 8}]", f"name=job{i}") for i in range(2)]
+    jobs[0].until("both running", lambda: all(job.state == "RUNNING" for job in jobs))
+    for job in jobs:
+        job.until_state("COMPLETED")
+        assert "is finished at step 8" in job.text
+    nothing_is_left()
+
+
+def test_gives_up_without_progress(slurm: Slurm, tmp_path: Path) -> None:
+    """A run that dies in every attempt before its first checkpoint."""
+    changes = ("stages=[{steps: 5000}]", "checkpoint.interval=5000")
+    job = Job(slurm, tmp_path, *changes, PRORL_MAX_STALLED="2")
+    for attempt in range(2):
+        log = tmp_path / f"logs/two-nodes/{job.id}.{attempt}/node_0.log"
+        job.until(
+            f"attempt {attempt}", lambda log=log: log.exists() and "Ray runs" in log.read_text()
+        )
+        for process in psutil.process_iter(["cmdline"]):
+            if "train" in (line := process.info["cmdline"] or []) and "prorl_nemo.cli" in line:
+                process.kill()
+    job.until_state("FAILED")
+    assert "2 attempts in a row brought no checkpoint beyond step 0" in job.text
+    nothing_is_left()
+
+
+def test_nodes_are_looked_at(slurm: Slurm, tmp_path: Path) -> None:
+    job = Job(slurm, tmp_path, script="check")
+    job.until_state("COMPLETED")
+    log = (tmp_path / f"logs/prorl-check/{job.id}.0/node_0.log").read_text()
+    assert "2 nodes are fit for two-nodes" in log and "bus bandwidth" in log
+    nothing_is_left()
+
+
+def test_refusals_cost_nothing(slurm: Slurm, tmp_path: Path) -> None:
+    """A wrong recipe starts no node; nodes that lack GPUs are named before Ray starts."""
+    job = Job(slurm, tmp_path, "polcy.threads=1")
+    job.until_state("FAILED")
+    assert "polcy" in job.text and "nothing was started" in job.text
+    job = Job(slurm, tmp_path, PRORL_GPUS="8", PRORL_AGAIN="never")
+    job.until_state("FAILED")
+    for node in ("n1", "n2"):
+        assert f"{node}: 0 GPUs are visible, 8 are needed" in job.text
+    nothing_is_left()
