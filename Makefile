@@ -5,7 +5,7 @@ BIN := .venv/bin
 export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup quickstart test test-fast test-slow test-kill test-faults lint bench clean test-slurm check-recipes
+.PHONY: setup quickstart test test-fast test-slow test-kill test-kill-eval test-faults lint bench clean test-slurm check-recipes
 
 setup: .venv/ready
 
@@ -46,6 +46,10 @@ test-slurm: setup
 check-recipes: setup
 	set -e; for recipe in recipes/*.yaml recipes/*/*.yaml; do echo "== $$recipe"; $(BIN)/prorl check $$recipe --tiny; done
 
+# A real evaluation that is killed twice and graded again; DATA holds its sets (docs/evaluation.md).
+test-kill-eval: setup
+	$(BIN)/python tests/kill/killed_evaluation.py --data-dir $(DATA) --json docs/figures/killed_evaluation.json
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -53,6 +57,13 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m bench all --json bench/results
+
+# Every run of the study that has no result yet (docs/study.md); study-main: the main runs alone.
+study: setup
+	$(BIN)/prorl study recipes/study/study.yaml
+
+study-main: setup
+	$(BIN)/prorl study recipes/study/study.yaml --only main
 
 clean:
 	rm -rf .venv runs build *.egg-info

@@ -22,7 +22,7 @@ from prorl_nemo.evaluation.suite import Changes
 from prorl_nemo.harness.evaluate import Request, evaluate
 from prorl_nemo.harness.fleet_generator import EngineOptions
 
-ITEMS, SAMPLES, TOKENS = 48, 4, 192
+ITEMS, SAMPLES, TOKENS = 32, 4, 128
 STARTING = ("engines", "graders")
 GOAL = 0.05
 

@@ -57,6 +57,34 @@ def pretrain(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def study(
+    plan: Annotated[Path, typer.Argument(metavar="STUDY", help="Study file (YAML).")],
+    only: Annotated[
+        list[str] | None, typer.Option(help="Name of a variant; may be given again.")
+    ] = None,
+    pages: Annotated[
+        bool, typer.Option("--pages", help="Figures and tables of the results there are; no run.")
+    ] = False,
+) -> None:
+    """Run every run of a study that has no result yet; ends with figures and tables."""
+    with _errors():
+        from prorl_nemo.study.plan import load_study
+
+        settings = load_study(plan)
+        if pages:
+            from prorl_nemo.study.pages import write_pages
+
+            write_pages(settings)
+        else:
+            from prorl_nemo.study.runner import run_study
+
+            if not run_study(settings, only or [], Console()):
+                print("stopped and saved; the same command goes on")
+                raise typer.Exit(3)
+        print(f"results: {settings.results}")
+
+
+@app.command()
 def check(
     recipe: RecipePath,
     overrides: Overrides = None,

@@ -57,6 +57,11 @@ class Rollout(Section):
         "same batches every time and a resumed run equals an unbroken one to the last bit "
         "(docs/resume.md). Needs engines: 1.",
     )
+    dynamic_sampling: bool = Field(
+        True,
+        description="Start another prompt for each group without signal, until the batch is full; "
+        "false leaves its place empty, so that steps train on fewer groups.",
+    )
     max_rejected_per_kept: float = Field(
         20.0,
         gt=0,
@@ -71,10 +76,11 @@ class Rollout(Section):
     prompt_history: History | None = Field(
         None, description="Pass over prompts that gave no signal several times; null is off."
     )
-    weight_transfer: Literal["host", "cuda_ipc"] = Field(
+    weight_transfer: Literal["host", "broadcast", "cuda_ipc"] = Field(
         "host",
-        description="How weights reach the engines: through host memory, or where they are, for an "
-        "engine on its trainer rank's GPU (written, not yet run on a GPU).",
+        description="How weights reach the engines: through host memory; by NCCL to engines on "
+        "other GPUs (gloo on CPU); or where they are, for an engine on its trainer rank's GPU. "
+        "The two for GPUs are written, not yet run on one.",
     )
     verify_weights_every: int = Field(
         25,

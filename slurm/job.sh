@@ -88,6 +88,11 @@ attempt() {
   pid=$!
   local patience=20
   while kill -0 "$pid" 2>/dev/null; do
+    if [[ $stopped == time && -n $SLURM_JOB_END_TIME ]] && (($(date +%s) > SLURM_JOB_END_TIME - 20)); then
+      # A job that runs into its limit is not requeued. The last checkpoint is there.
+      say "not saved in time; give --signal more than the seconds it has"
+      kill -KILL "$pid"
+    fi
     # srun waits for a dead node as long as Slurm does, which is minutes.
     if [[ -e $folder/status ]] && ((patience-- == 0)); then kill -KILL "$pid"; fi
     sleep 1 &
@@ -104,14 +109,14 @@ attempt() {
 # After an attempt to train: ends the job, or puts it back into the queue.
 go_on_or_end() {
   local before=$step count=0 last=0
+  # Slurm itself requeues a preempted job, and a cancelled one is to stay away.
+  [[ $stopped == cancelled ]] && exit 143
   look_at_run "$@"
   if [[ $finished == finished ]]; then
     rm -f "$tally"
     say "$name is finished at step $step"
     exit 0
   fi
-  # Slurm itself requeues a preempted job, and a cancelled one is to stay away.
-  [[ $stopped == cancelled ]] && exit 143
   [[ $status == 2 && $stopped != time && $step == "$before" ]] &&
     give_up "prorl refused to go on, and made no step: see the message above" 2
   [[ -e $tally ]] && read -r last count <"$tally"

@@ -77,14 +77,16 @@ class Link:
                 if message:
                     return message
                 continue
+            left = deadline - time.monotonic()
+            if self._readable(max(0.0, min(left, BEAT_SECONDS))):
+                self._read()
+                continue
+            # Only now: what came while nobody read has been read.
             silent = time.monotonic() - self._heard
             if silent > SILENT_SECONDS:
                 raise LinkLost(f"silent for {silent:.0f} s")
-            left = deadline - time.monotonic()
-            if left <= 0 and not self._readable(0):
+            if left <= 0:
                 return None
-            if self._readable(max(0.0, min(left, BEAT_SECONDS))):
-                self._read()
 
     def close(self) -> None:
         self._ended.set()

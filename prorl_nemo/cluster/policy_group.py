@@ -70,18 +70,27 @@ class _RankActor:
         """Host and process id. Answers while the rank computes, not when it is stopped or gone."""
         return socket.gethostname(), os.getpid()
 
-    def weights(self) -> Iterator[Any]:
-        """Buckets of this rank's pieces, or whole ones from the first that shares a device."""
+    def weights(self, transfer: str) -> Iterator[Any]:
+        """Buckets of this rank's pieces, or whole ones from the first that shares a matrix."""
+        from prorl_nemo.rollout.broadcast_weights import broadcast_buckets
         from prorl_nemo.rollout.cuda_weights import share_buckets
         from prorl_nemo.rollout.weights import bucket_bytes, pack_buckets
 
-        worker = self.worker
+        worker, rollout = self.worker, self.arguments[0].rollout
         limit = bucket_bytes(worker.weight_bytes)
-        if self.arguments[0].rollout.weight_transfer == "host":
+        if transfer == "host":
             pieces = worker.export_pieces()
             yield from pack_buckets(pieces, limit=limit, first=worker.publishes)
         elif not worker.publishes:
             deque(worker.export_weights(), maxlen=0)
+        elif transfer == "broadcast":
+            yield from broadcast_buckets(
+                worker.export_weights(),
+                rollout.engines,
+                ray.util.get_node_ip_address(),
+                limit=limit,
+                seconds=rollout.engine_hang_seconds,
+            )
         else:
             self.shared.clear()  # The engines have long loaded the update before.
             for bucket, buffer in share_buckets(worker.export_weights(), limit=limit):
@@ -194,22 +203,30 @@ class PolicyGroup:
         if clear_optimizer:
             self._call("clear_optimizer")
 
-    def weights(self) -> Iterator[tuple[Any, ...]]:
+    def weights(self, transfer: str = "host") -> Iterator[tuple[Any, ...]]:
         """The weight buckets of all stages, as they become ready.
 
         Each as references to what the stage's tensor-parallel ranks have of it, in their order.
+
+        Args:
+            transfer: as `rollout.weight_transfer`.
         """
         if not self._stages:
             for rank, stage in zip(self._ranks, self._call("stage"), strict=True):
                 if stage is not None:
                     self._stages.setdefault(stage, []).append(rank)
         stages = [
-            [rank.weights.options(num_returns="streaming").remote() for rank in ranks]
+            [rank.weights.options(num_returns="streaming").remote(transfer) for rank in ranks]
             for _, ranks in sorted(self._stages.items())
         ]
         for streams in stages:
-            while parts := tuple(p for p in map(self._next, streams) if p is not None):
+            # Without pieces the first rank sends it all. The others only take part in its gathers,
+            # and end when it does.
+            senders = streams if transfer == "host" else streams[:1]
+            while parts := tuple(p for p in map(self._next, senders) if p is not None):
                 yield parts
+            for stream in streams[len(senders) :]:
+                self._next(stream)
         # A rank that raised has ended its stream early: what it raised, rather than the engines'
         # complaint about tensors that never came.
         self._get([stream.completed() for streams in stages for stream in streams])

@@ -106,6 +106,8 @@ def compare(
     The noise is that of two evaluations of one model: our error over samples, and theirs, which is
     ours scaled to their n. Items that were left out add their own noise, so a subset is held
     against the error over items. So is a single sample per item, as the error over items bounds it.
+    Scores that are all alike show no error, which is not to have none: then the noise is at least
+    3 / n, the 95 % bound on what n draws without an event leave open (rule of three).
 
     Args:
         ours: scores in [0, 1].
@@ -130,6 +132,9 @@ def compare(
         return Comparison(reported, difference, None, None, tuple(mismatches))
     theirs = int(count) if count and kind == metric else ours.samples
     noise = 100 * _Z * math.hypot(our_error, repeated * math.sqrt(ours.samples / theirs))
+    if our_error == 0:
+        draws = ours.items * (ours.samples if whole else 1)
+        noise = max(noise, 100 * 3 / draws)
     inside = abs(difference) <= noise + reported.rounding
     return Comparison(reported, difference, noise, inside, tuple(mismatches))
 

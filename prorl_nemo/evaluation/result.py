@@ -70,9 +70,10 @@ class BenchmarkResult:
 
     Attributes:
         metric: avg (strict scores) or reward (continuous ones).
-        interval: bootstrap over items, of the average.
+        interval: of the average, over items: bootstrap, and where all items are alike the exact
+            binomial bound, since resampling equal values would claim certainty.
         pass_curve: pass@k for k = 1 ... n.
-        pass_interval: bootstrap over items, of pass@n.
+        pass_interval: of pass@n, likewise.
         votes: cons@k for k = 1, 2, 4 ... n; None where answers cannot be voted on.
         groups: mean score by task, where there are several.
         task_mean, category_mean: unweighted means over tasks and over Reasoning Gym's categories.
@@ -182,9 +183,9 @@ def benchmark_result(
         domain=benchmark.domain,
         metric=part.metric,
         average=ours,
-        interval=bootstrap_interval(item_means(scores)),
+        interval=_interval(item_means(scores)),
         pass_curve=pass_curve(raw),
-        pass_interval=bootstrap_interval(pass_at_k(raw)[:, -1].tolist()),
+        pass_interval=_interval(pass_at_k(raw)[:, -1].tolist()),
         votes=votes,
         shares=outcome_shares([Outcome(s.score, s.reason, s.tokens, s.truncated) for s in flat]),
         groups=_by_task(tasks, item_means(scores)) if several else {},
@@ -251,6 +252,17 @@ def compare_models(
 
 def _read(score: float, strict: bool) -> float:
     return float(score == 1.0) if strict else score
+
+
+def _interval(means: Sequence[float], level: float = 0.95) -> Interval:
+    """Of the mean over items. With every item at 0 (or 1) nothing was seen to vary: the bound is
+    that of Clopper and Pearson (1934), 1 - (alpha / 2) ** (1 / items)."""
+    if set(means) not in ({0.0}, {1.0}):
+        return bootstrap_interval(means, level=level)
+    open_share = 1 - ((1 - level) / 2) ** (1 / len(means))
+    return (
+        Interval(0.0, open_share, level) if means[0] == 0 else Interval(1 - open_share, 1.0, level)
+    )
 
 
 def _votes(

@@ -11,7 +11,6 @@ import os
 import queue
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from prorl_nemo.errors import UserError
@@ -53,9 +52,13 @@ class EndpointGenerator:
             max_retries=_RETRIES,
         )
         self.model = model or self._only_model()
+        self._wanted: queue.SimpleQueue[Wanted | None] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[Answer | UserError] = queue.SimpleQueue()
+        self._failure: UserError | None = None
         self._closed = threading.Event()
-        self._workers = ThreadPoolExecutor(concurrency, thread_name_prefix="endpoint")
+        # Daemons: whoever stops an evaluation does not wait for the longest response.
+        for _ in range(concurrency):
+            threading.Thread(target=self._work, daemon=True).start()
 
     def render(self, messages: list[dict[str, str]]) -> Rendered:
         return Rendered(json.dumps(messages, ensure_ascii=False), None, messages)
@@ -65,30 +68,34 @@ class EndpointGenerator:
 
     def submit(self, wanted: Sequence[Wanted]) -> None:
         for one in wanted:
-            self._workers.submit(self._answer, one)
+            self._wanted.put(one)
 
     def poll(self, max_wait: float) -> list[Answer]:
-        found = []
+        answers: list[Answer] = []
         try:
-            found.append(self._answers.get(timeout=max_wait))
+            self._take(answers, self._answers.get(timeout=max_wait))
             while True:
-                found.append(self._answers.get_nowait())
+                self._take(answers, self._answers.get_nowait())
         except queue.Empty:
             pass
-        answers = [answer for answer in found if isinstance(answer, Answer)]
-        failures = [answer for answer in found if isinstance(answer, UserError)]
-        for answer in answers if failures else []:
-            self._answers.put(answer)
-        if failures:
-            raise failures[0]
+        # What was answered beside a failure is passed on first.
+        if self._failure is not None and not answers:
+            raise self._failure
         return answers
+
+    def _take(self, answers: list[Answer], found: Answer | UserError) -> None:
+        if isinstance(found, UserError):
+            self._failure = self._failure or found
+        else:
+            answers.append(found)
 
     def settings(self) -> dict[str, Any]:
         return {"kind": "endpoint", "url": self.url, "served": self.model}
 
     def close(self) -> None:
         self._closed.set()
-        self._workers.shutdown(wait=False, cancel_futures=True)
+        for _ in range(self.capacity):
+            self._wanted.put(None)
         self._client.close()
 
     def _only_model(self) -> str:
@@ -106,19 +113,19 @@ class EndpointGenerator:
             )
         return names[0]
 
-    def _answer(self, wanted: Wanted) -> None:
-        if self._closed.is_set():
-            return
-        try:
-            self._answers.put(self._ask(wanted))
-        # Anything, or the runner would wait for this answer for ever.
-        except Exception as error:
-            self._answers.put(
-                UserError(
-                    f"{self.url}: gives no answer ({_reason(error)}); what was answered is kept: "
-                    "the same command goes on"
+    def _work(self) -> None:
+        """Body of a thread: one request after the other."""
+        while (wanted := self._wanted.get()) is not None and not self._closed.is_set():
+            try:
+                self._answers.put(self._ask(wanted))
+            # Anything, or the runner would wait for this answer for ever.
+            except Exception as error:
+                self._answers.put(
+                    UserError(
+                        f"{self.url}: gives no answer ({_reason(error)}); what was answered is "
+                        "kept: the same command goes on"
+                    )
                 )
-            )
 
     def _ask(self, wanted: Wanted) -> Answer:
         messages: Any = wanted.prompt.messages

@@ -84,13 +84,17 @@ class FleetGenerator:
             )
         # Engines, and the Megatron that a session imports, take seconds to import.
         import ray
-        import torch
 
         from prorl_nemo.rollout.engine_settings import EngineSettings
         from prorl_nemo.rollout.fleet import Fleet
         from prorl_nemo.training.session import start_ray
 
-        options, gpus = self._options, torch.cuda.device_count()
+        if not ray.is_initialized():
+            start_ray()
+            self._stack.callback(ray.shutdown)
+        # Of the cluster, which may have some where this process has none.
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        options = self._options
         count = options.engines or max(1, gpus)
         cache = options.kv_cache_mib or (None if gpus else 512)
         settings = EngineSettings(
@@ -102,9 +106,6 @@ class FleetGenerator:
             gpu_memory_share=options.gpu_memory_share,
             threads=options.threads or (None if gpus else max(1, (os.cpu_count() or 1) // count)),
         )
-        if not ray.is_initialized():
-            start_ray()
-            self._stack.callback(ray.shutdown)
         place = {"num_cpus": 0} | ({"num_gpus": 1} if gpus else {})
         self._fleet = Fleet(settings, count, actor_options=[place] * count, on_event=self._on_event)
         self._stack.callback(self._fleet.shutdown)

@@ -134,71 +134,98 @@ def answer_all(
     Raises:
         UserError: engine, server, grader or disk cannot go on. What there was is kept.
     """
-    times = Times()
-    grading: deque[tuple[dict[str, Any], Future[Verdict]]] = deque()
+    loop = _Loop(questions, seed, generator, graders, store, view)
+    while not stop.is_set() and loop.turn():
+        pass
+    return loop.times
 
-    def grade(row: dict[str, Any]) -> None:
-        request_id = f"{row['item']}#{row['sample']}"
-        record = questions[row["item"]].grading
-        future = graders.submit(request_id, record, row["response"], training=False)
-        grading.append((row, future))
 
-    for row in store.ungraded:
-        if row["item"] in questions:
-            grade(row)
-    known = {(row["item"], row["sample"]) for row in store.ungraded}
-    wanted = _wanted(questions, seed, store, known)
-    under_way: dict[str, dict[str, Any]] = {}
-    exhausted = False
-    while not stop.is_set():
+class _Loop:
+    """What is under way: requests at the generator, responses at the graders."""
+
+    def __init__(
+        self,
+        questions: Mapping[str, Question],
+        seed: int,
+        generator: Generator,
+        graders: GraderPool,
+        store: Store,
+        view: EvaluationView,
+    ) -> None:
+        self.times = Times()
+        self._questions, self._generator, self._graders = questions, generator, graders
+        self._store, self._view = store, view
+        self._under_way: dict[str, dict[str, Any]] = {}
+        self._grading: deque[tuple[dict[str, Any], Future[Verdict]]] = deque()
+        known = {(row["item"], row["sample"]) for row in store.ungraded}
+        self._wanted = _wanted(questions, seed, store, known)
+        for row in store.ungraded:
+            self._grade(row)
+
+    def turn(self) -> bool:
+        """Ask, wait a moment, write down what came. False once nothing is left to do."""
         began = time.perf_counter()
+        self._ask()
+        if not self._under_way and not self._grading:
+            return False
+        asked = time.perf_counter()
+        answers = self._wait()
+        answered = time.perf_counter()
+        for answer in answers:
+            row = _answered(self._under_way.pop(answer.request_id), answer)
+            self._store.generated(row)
+            self.times.tokens += answer.tokens
+            self.times.samples += 1
+            self._grade(row)
+        self._collect()
+        self._view.progress(self.times.tokens, len(self._under_way), len(self._grading))
+        ended = time.perf_counter()
+        self.times.busy += ended - began
+        self.times.own += (asked - began) + (ended - answered)
+        return True
+
+    def _ask(self) -> None:
+        """Keep the generator busy, unless the graders are far behind."""
         batch = []
-        while not exhausted and len(under_way) < generator.capacity:
-            if len(grading) >= _MOST_UNGRADED:
-                break
-            following = next(wanted, None)
+        while len(self._under_way) < self._generator.capacity:
+            following = next(self._wanted, None) if len(self._grading) < _MOST_UNGRADED else None
             if following is None:
-                exhausted = True
                 break
             row, request = following
             if request is None:
-                store.graded(row)
-                view.sample(row)
+                self._keep(row)
                 continue
-            under_way[request.request_id] = row
+            self._under_way[request.request_id] = row
             batch.append(request)
         if batch:
-            generator.submit(batch)
-        if not under_way and not grading:
-            break
-        asked = time.perf_counter()
-        if under_way:
-            answers = generator.poll(0.0 if grading and grading[0][1].done() else _POLL_SECONDS)
-        else:
-            answers = []
-            # What it raises is raised where its row is written.
-            grading[0][1].exception()
-        answered = time.perf_counter()
-        for answer in answers:
-            row = _answered(under_way.pop(answer.request_id), answer)
-            store.generated(row)
-            times.tokens += answer.tokens
-            times.samples += 1
-            grade(row)
-        # In whatever order they are done: a slow one does not hold up the others.
-        for _ in range(len(grading)):
-            row, future = grading.popleft()
-            if not future.done():
-                grading.append((row, future))
-                continue
-            graded = verdict_of(row, questions[row["item"]].grading, future)
-            store.graded(graded)
-            view.sample(graded)
-        view.progress(times.tokens, len(under_way), len(grading))
-        ended = time.perf_counter()
-        times.busy += ended - began
-        times.own += (asked - began) + (ended - answered)
-    return times
+            self._generator.submit(batch)
+
+    def _wait(self) -> list[Answer]:
+        if self._under_way:
+            due = self._grading and self._grading[0][1].done()
+            return self._generator.poll(0.0 if due else _POLL_SECONDS)
+        # Only graders are at work. What the future raises is raised where its row is written.
+        self._grading[0][1].exception()
+        return []
+
+    def _grade(self, row: dict[str, Any]) -> None:
+        request_id = f"{row['item']}#{row['sample']}"
+        record = self._questions[row["item"]].grading
+        future = self._graders.submit(request_id, record, row["response"], training=False)
+        self._grading.append((row, future))
+
+    def _collect(self) -> None:
+        """Verdicts in whatever order they are done: a slow one does not hold up the others."""
+        for _ in range(len(self._grading)):
+            row, future = self._grading.popleft()
+            if future.done():
+                self._keep(verdict_of(row, self._questions[row["item"]].grading, future))
+            else:
+                self._grading.append((row, future))
+
+    def _keep(self, row: dict[str, Any]) -> None:
+        self._store.graded(row)
+        self._view.sample(row)
 
 
 def _wanted(

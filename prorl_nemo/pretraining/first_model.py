@@ -86,7 +86,7 @@ def write_first_model(
         pad_token_id=tokenizer.pad_token_id,
     )
     with torch.random.fork_rng(devices=[]):
-        model = Qwen2ForCausalLM(config)
+        model: Any = Qwen2ForCausalLM(config)
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         deviation = _DEVIATION

@@ -93,20 +93,19 @@ def _read(file: Path, wanted: str) -> dict[str, list[Problem]] | None:
 def _problems(items: TaskItems, split: str, count: int, settings: Pretraining) -> Iterator[Problem]:
     """Up to `count` problems with different questions."""
     seen: set[str] = set()
-    for slot in range(_SLOTS_PER_PROBLEM * count):
+    # Not the seed of any RL run: its questions may be met here, in no known order.
+    seed, slots = f"pretraining/{settings.seed}", _SLOTS_PER_PROBLEM * count
+    for slot in range(slots):
         if len(seen) == count:
             break
         try:
-            # Not the seed of any RL run: its questions may be met here, in no known order.
-            entry = items.entry(
-                split, slot, f"pretraining/{settings.seed}", _SLOTS_PER_PROBLEM * count
-            )
+            entry = items.entry(split, slot, seed, slots)
         except PromptDropped:
             continue
         if not isinstance(entry["answer"], str) or not entry["answer"].strip():
             raise RecipeError(
-                f"{items.key}.task: {items.task} gives no reference answers to learn from; leave it "
-                "out"
+                f"{items.key}.task: {items.task} gives no reference answers to learn from; leave "
+                "it out"
             )
         if entry["question"] not in seen:
             seen.add(entry["question"])

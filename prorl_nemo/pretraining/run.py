@@ -162,8 +162,8 @@ class _Run:
     def to_the_end(self, stop: StopWatch) -> bool:
         settings = self.settings
         newest, damaged = self.checkpoints.newest_whole()
-        for step, reason in damaged.items():
-            self.console.print(f"checkpoint of step {step} is damaged and not used: {reason}")
+        for step, damage in damaged.items():
+            self.console.print(f"checkpoint of step {step} is damaged and not used: {damage}")
         self.log.truncate_after(newest or -1)
         if newest == settings.steps:
             return True

@@ -45,6 +45,7 @@ class DynamicSampler:
         run_seed: of the run.
         carry_over: prompts that go back to the queue keep what was made for them.
         history: draws instead of `prompts`, which it wraps, and learns from every batch.
+        replace: start another prompt for each group without signal; otherwise the batch has fewer.
         lockstep: start prompts only when all before them are complete. An engine's rounding
             depends on what it computes together; in lockstep that is the same in every run.
         on_event: called with an event's name and details (`prompt_dropped`).
@@ -60,6 +61,7 @@ class DynamicSampler:
         *,
         carry_over: bool = False,
         history: PromptHistory | None = None,
+        replace: bool = True,
         lockstep: bool = False,
         on_event: Callable[[str, dict[str, Any]], None] = lambda event, details: None,
         on_progress: Callable[[Progress], None] = lambda progress: None,
@@ -71,6 +73,7 @@ class DynamicSampler:
         self._on_progress = on_progress
         self._keep_rate = KeepRate(1)
         self._carry_over = carry_over
+        self._replace = replace
         self._lockstep = lockstep
         self._carried: Carried = {}
         self._carried_sampling: Sampling | None = None
@@ -93,7 +96,7 @@ class DynamicSampler:
             self._keep_rate = KeepRate(sampling.samples_per_prompt)
         if sampling != self._carried_sampling:
             self._carried = {}  # A new stage: other lengths, temperature or group size.
-        filling = Filling(groups)
+        filling = Filling(groups, self._replace)
         passed_over = self._history.passed_over if self._history else 0
         started = time.monotonic()
         known = self._keep_rate.state_dict()

@@ -88,10 +88,15 @@ class Filling:
     """The state of one batch while it fills.
 
     `window` holds the prompts under way in prompt order; `surplus` those cut off its end.
+
+    Args:
+        wanted: groups of the batch.
+        replace: start another prompt for each group without signal; otherwise its place in the
+            batch stays empty, unless all are.
     """
 
-    def __init__(self, wanted: int) -> None:
-        self.wanted = wanted
+    def __init__(self, wanted: int, replace: bool = True) -> None:
+        self.wanted, self._replace = wanted, replace
         self.batch = RolloutBatch()
         self.window: deque[PendingGroup] = deque()
         self.surplus: list[PendingGroup] = []
@@ -100,11 +105,15 @@ class Filling:
 
     @property
     def full(self) -> bool:
-        return len(self.batch.groups) >= self.wanted
+        return self.missing <= 0
 
     @property
     def missing(self) -> int:
-        return self.wanted - len(self.batch.groups)
+        kept = len(self.batch.groups)
+        if self._replace:
+            return self.wanted - kept
+        # A step needs one group at least.
+        return max(self.wanted - kept - self.batch.rejected, 0 if kept else 1)
 
     @property
     def certain(self) -> int:
@@ -113,6 +122,8 @@ class Filling:
 
     def prompts_to_start(self, keep_rate: KeepRate, max_rejected_per_kept: float) -> int:
         """How many more prompts the batch will need, given those under way."""
+        if not self._replace:
+            return self.missing - sum(group.rejected is None for group in self.window)
         if self.certain >= self.missing:
             return 0
         expected = sum(
@@ -140,6 +151,8 @@ class Filling:
 
     def cut_surplus(self) -> list[PendingGroup]:
         """Take the prompts that can no longer enter the batch off the end of the window."""
+        if not self._replace:
+            return []  # No more were started than it takes.
         needed = self.missing
         if self.certain < needed:
             return []

@@ -31,7 +31,6 @@ from prorl_nemo.rollout.engine import (
 )
 from prorl_nemo.rollout.engine_settings import EngineSettings
 from prorl_nemo.rollout.protocol import GenerationRequest, GenerationResult
-from prorl_nemo.rollout.weights import WeightBucket
 
 POLL_SECONDS = 0.5
 """How long an engine holds a poll open: the pace of its heartbeat."""
@@ -156,7 +155,9 @@ class Fleet:
         self._max_restarts = max_restarts
         self._restart_window = restart_window
         self._restarts: deque[float] = deque()
-        self._weights: tuple[int, list[tuple[Any, ...]]] | None = None
+        # Version and buckets, None where they must be asked for.
+        self._weights: tuple[int, list[tuple[Any, ...]] | None] | None = None
+        self._again: Callable[[], Iterable[Any]] | None = None
         self._current = True
         self._early: list[GenerationResult] = []
         self._members = [_Member(index, self._spawn(index)) for index in range(count)]
@@ -267,7 +268,12 @@ class Fleet:
     def weight_version(self) -> int:
         return self._weights[0] if self._weights else 0
 
-    def update_weights(self, version: int, buckets: Iterable[Any]) -> None:
+    def update_weights(
+        self,
+        version: int,
+        buckets: Iterable[Any],
+        again: Callable[[], Iterable[Any]] | None = None,
+    ) -> None:
         """Replace the weights of every engine in place.
 
         Args:
@@ -275,23 +281,28 @@ class Fleet:
             buckets: `WeightBucket`s, or tuples of Ray references to them, one from each rank that
                 has pieces (so that weights do not pass through this process). The references are
                 kept until the next update: a restarted engine is sent them again.
+            again: for buckets that can be had only once, and by all engines: gives the same
+                weights as `buckets` that can be kept.
 
         Raises:
             EngineBusyError: requests are unanswered; nothing was changed.
             FleetError: engines refuse the tensors again and again.
         """
         self._require_idle("update weights")
-        for member in self._members:
-            member.actor.call.remote("begin_update", version)
         # The old buckets go first: the object store need not hold two sets of weights.
         self._weights, self._current = None, False
+        if again is not None:
+            self.states()  # One that is missing would let the others wait.
+        for member in self._members:
+            member.actor.call.remote("begin_update", version)
         references: list[tuple[Any, ...]] = []
         for bucket in buckets:
-            parts = (ray.put(bucket),) if isinstance(bucket, WeightBucket) else bucket
+            parts = _references(bucket)
             references.append(parts)
             for member in self._members:
                 member.actor.call.remote("load_bucket", *parts)
-        self._weights, self._current = (version, references), True
+        self._weights, self._current = (version, None if again else references), True
+        self._again = again
         self._ask(self._members, lambda m: m.actor.call.remote("finish_update"))
 
     def weights_checksum(self) -> list[dict[str, str]]:
@@ -404,6 +415,10 @@ class Fleet:
         member.poll, member.state, member.process, member.silent = None, None, None, 0.0
         if self._weights is not None:
             version, references = self._weights
+            if references is None:
+                assert self._again is not None
+                references = [_references(bucket) for bucket in self._again()]
+                self._weights = version, references
             member.actor.call.remote("begin_update", version)
             for reference in references:
                 member.actor.call.remote("load_bucket", *reference)
@@ -419,3 +434,8 @@ class Fleet:
         waiting = sum(len(member.requests) for member in self._members)
         if waiting:
             raise EngineBusyError(f"cannot {what}: {waiting} requests are unanswered")
+
+
+def _references(bucket: Any) -> tuple[Any, ...]:
+    """The parts of a bucket in the object store."""
+    return bucket if isinstance(bucket, tuple) else (ray.put(bucket),)

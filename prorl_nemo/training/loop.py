@@ -85,6 +85,7 @@ class Trainer:
             self.recipe.seed,
             carry_over=self.recipe.rollout.surplus == "carry_over",
             history=self._history(),
+            replace=self.recipe.rollout.dynamic_sampling,
             lockstep=self.recipe.rollout.deterministic,
             on_event=lambda event, details: self.event(event, **details),
             on_progress=self._progress,

@@ -50,7 +50,9 @@ class Session:
             PolicyError: a trainer rank was lost; the engines then lack tensors.
         """
         try:
-            self.fleet.update_weights(version, self.policy.weights())
+            transfer = self.recipe.rollout.weight_transfer
+            again = self.policy.weights if transfer == "broadcast" else None
+            self.fleet.update_weights(version, self.policy.weights(transfer), again)
         except EngineError:
             self.policy.check_alive()
             raise

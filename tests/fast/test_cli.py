@@ -185,7 +185,7 @@ def test_every_command_says_what_it_does(prorl: Run) -> None:
     for command in app.registered_commands:
         assert command.callback is not None
         assert command.callback.__doc__
-        assert prorl(command.callback.__name__, "--help").exit_code == 0
+        assert prorl(command.name or command.callback.__name__, "--help").exit_code == 0
 
 
 def test_as_a_process(recipe: Path) -> None:

@@ -86,6 +86,28 @@ def test_batches_are_the_first_groups_with_signal(keep_rate: float, engines: int
         first = following
 
 
+@pytest.mark.parametrize("keep_rate", [0.9, 0.41, 0.05])
+def test_without_replacement_a_batch_is_that_of_its_prompts(keep_rate: float) -> None:
+    """Sixteen prompts a step, those without signal left out; more only while none has any."""
+    world = World(keep_rate=keep_rate)
+    sampler, fleet, _ = sampler_in(world, replace=False)
+    first = 0
+    for _ in range(4):
+        signal = [
+            str(i)
+            for i in range(first, first + 400)
+            if statistics.pstdev(score for _, _, score in responses(world, i)) > 1e-6
+        ]
+        following = max(first + 16, int(signal[0]) + 1)
+        expected = [i for i in signal if int(i) < following]
+        batch = sampler.sample_batch(16, SAMPLING, max_rejected_per_kept=1000)
+        assert prompt_ids(batch) == expected
+        assert len(expected) + batch.rejected == following - first
+        assert batch.wasted_tokens == 0
+        assert fleet.poll(1.0) == []
+        first = following
+
+
 def test_tokens_are_counted_and_few_are_in_vain() -> None:
     world = World()
     sampler, fleet, _ = sampler_in(world, engines=8)

@@ -26,6 +26,7 @@ ROOMS: dict[str, set[str]] = {
     "recipe_rollout": {"settings_file", "recipe_data"},
     "recipe_training": {"settings_file", "recipe_data"},
     "recipe_data": {"settings_file"},
+    "recipe_pretrain": {"recipe", "recipe_data", "recipe_training", "settings_file"},
     "recipe_docs": {"recipe", "training.run_dir"},
     # The pure core.
     "algorithms": set(),
@@ -48,9 +49,16 @@ ROOMS: dict[str, set[str]] = {
     # Everything together. A run ends with its report, which reads the run's diary.
     "reporting": {"errors", "strict_yaml", "training.metrics"},
     "training": VOCABULARY
-    | {"strict_yaml", "algorithms", "schedule", "rewards", "data", "model_source"}
+    | {"settings_file", "recipe_pretrain", "strict_yaml", "algorithms", "schedule", "rewards", "data", "model_source"}
     | {"recipe_training", "planning.hardware"}
     | {"megatron", "rollout", "cluster", "reporting"},
+    # A model of one's own: the trainer's ranks with another loss.
+    "pretraining": {"errors", "recipe_pretrain", "data", "schedule", "cluster", "export"}
+    | {"model_source", "training"},
+    # Many runs, and what they say together.
+    "study": VOCABULARY
+    | {"settings_file", "recipe_data", "recipe_pretrain", "pretraining", "training", "export"}
+    | {"model_source", "data", "rewards", "rollout", "reporting"},
     # A recipe made small: needs the shape of its model and data like that of a build.
     "shrink": VOCABULARY | {"data", "planning", "rewards", "tiny_model"},
     # Counts what the others allocate; imports what of them needs neither torch nor Megatron.
@@ -67,14 +75,14 @@ ROOMS: dict[str, set[str]] = {
     | {"training.batch", "training.session"},
     "export": VOCABULARY | {"megatron", "model_source", "training.run_state"},
     "cli": {"errors", "recipe", "training", "reporting", "rewards", "export", "data", "planning"}
-    | {"shrink", "evaluation", "harness", "publishing"},
+    | {"shrink", "evaluation", "harness", "publishing", "recipe_pretrain", "pretraining", "study"},
 }
 # Libraries that only the rooms named may import.
 KEPT_TO = {
     "megatron": {"megatron"},
     "transformer_engine": {"megatron"},
     "vllm": {"rollout"},
-    "ray": {"rollout", "cluster", "training", "harness", "publishing"},
+    "ray": {"rollout", "cluster", "training", "harness", "publishing", "pretraining", "study"},
     "typer": {"cli"},
 }
 # Libraries beyond the standard one that a pure room may import.

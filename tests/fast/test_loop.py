@@ -144,7 +144,7 @@ def resets(folder: Path, name: str, *overrides: str) -> Recipe:
 
 
 def figures(recipe: Recipe) -> list[dict[str, Any]]:
-    timed = ("time", "throughput/")
+    timed = ("time", "throughput/", "memory/")
     rows = read_rows(recipe.run_dir / METRICS)
     return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
 

@@ -39,6 +39,16 @@ def test_messages_and_heartbeats(pair: tuple[Link, Link, Door]) -> None:
     assert time.monotonic() - started < 0.5
 
 
+def test_reading_late_is_not_the_other_ones_silence(pair: tuple[Link, Link, Door]) -> None:
+    """A head that was busy for longer than its patience finds the heartbeats waiting."""
+    ours, theirs, _ = pair
+    time.sleep(1.5)
+    assert theirs.receive(0.1) is None
+    time.sleep(1.5)
+    ours.send({"joined": True})
+    assert theirs.receive(1.0) == {"joined": True}
+
+
 def test_a_node_that_leaves_is_noticed(pair: tuple[Link, Link, Door]) -> None:
     ours, theirs, _ = pair
     ours.close()

@@ -117,6 +117,19 @@ def test_a_subset_and_what_was_not_asked_are_notes() -> None:
     assert result.average.mean == 0.5
 
 
+def test_scores_that_are_all_alike_claim_no_certainty() -> None:
+    one = part(BENCHMARKS["aime24"], ["aime24"] * 30, 2)
+    for score, low, high in ((0.0, 0.0, 0.1157), (1.0, 0.8843, 1.0)):
+        samples = {
+            item.item_id: [Graded(score, "x", 1, False, "1")] * 2 for item in one.items.items
+        }
+        result = benchmark_result(one, samples, "prorl")
+        # Tables of Clopper and Pearson: 0 of 30 at 95 % gives 11.57 %.
+        assert result.interval.low == pytest.approx(low, abs=5e-5)
+        assert result.interval.high == pytest.approx(high, abs=5e-5)
+        assert result.pass_interval == result.interval
+
+
 def test_missing_samples_are_never_averaged_over() -> None:
     one = part(BENCHMARKS["gsm8k"], ["gsm8k"] * 2, 2)
     suite = Suite(PROTOCOLS["prorl"], "prorl", 0, [one])

@@ -17,7 +17,7 @@ SETTINGS = [
     "validation.interval=1000",
     "checkpoint.interval=2",
 ]
-LAYOUT = ["policy.tensor_parallel=2", "policy.sequence_parallel=true"]
+LAYOUT = ["policy.pipeline_parallel=2"]
 
 
 def samples(run: Path, step: int) -> list[dict[str, Any]]:
@@ -37,7 +37,7 @@ def test_the_batches_of_a_run_that_goes_on_in_another_layout(tmp_path: Path) -> 
     with RealRun([*settings, *LAYOUT], tmp_path / "log3") as two:
         assert two.finish() == 0, two.output()
     (changed,) = events_of(two.folder, "recipe_changed")
-    assert changed["changes"]["policy.tensor_parallel"] == [1, 2]
+    assert changed["changes"]["policy.pipeline_parallel"] == [1, 2]
     # The weights were split over two ranks and put together again without a rounding: the first
     # batch is the same to the last token, score and advantage.
     assert samples(two.folder, before + 1) == samples(one.folder, before + 1)

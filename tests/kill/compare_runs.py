@@ -1,4 +1,4 @@
-"""What differs between two finished runs of one recipe, to the last bit; times aside."""
+"""What differs between two finished runs of one recipe, to the last bit; times and memory aside."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def metrics(run: Path) -> dict[str, Any]:
         f"{row['kind']} {row['step']} (row {number})": {
             key: value
             for key, value in row.items()
-            if key != "time" and not key.startswith(("time/", "throughput/"))
+            if key != "time" and not key.startswith(("time/", "throughput/", "memory/"))
         }
         for number, row in enumerate(rows)
     }

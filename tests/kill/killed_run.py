@@ -4,7 +4,7 @@
 of recipes/smoke/resets.yaml twice for the same steps, in three stages and over several reference
 resets. One run is left alone. The other is ended with SIGKILL at random moments of every phase,
 and started again by the same command. Then policy, optimizer, reference, the rest of the state,
-metrics and samples of the two are compared; only times may differ.
+metrics and samples of the two are compared; only times and memory may differ.
 
 With `--seconds` it stops between two kills when that time is nearly over, with exit status 3; the
 same command goes on.

@@ -1,0 +1,150 @@
+"""What the results of a study say: means over seeds, intervals, gains, what was solved and lost.
+
+Pure. Seeds are the sample: an interval is Student's over runs, so it holds what another run would
+give, not only other validation samples (Agarwal et al., arXiv 2108.13264, on why that matters).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Result = Mapping[str, Any]
+
+# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond: the normal's.
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+_NORMAL95 = 1.960
+# Odds against chance at which a prompt counts as solved or lost beyond doubt.
+_BEYOND_CHANCE = 0.01
+# Validations averaged where single ones would compare noise.
+WINDOW = 4
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over runs.
+
+    Attributes:
+        half_width: of the 95 % interval; None with one run.
+        runs: how many.
+    """
+
+    mean: float
+    half_width: float | None
+    runs: int
+
+    def __str__(self) -> str:
+        spread = "" if self.half_width is None else f" ± {self.half_width:.3f}"
+        return f"{self.mean:.3f}{spread}"
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean and 95 % interval over runs. Raises ValueError without any."""
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return Estimate(mean, None, 1)
+    free = len(values) - 1
+    quantile = _T95[free - 1] if free <= len(_T95) else _NORMAL95
+    half = quantile * statistics.stdev(values) / math.sqrt(len(values))
+    return Estimate(mean, half, len(values))
+
+
+def difference(these: Mapping[int, float], those: Mapping[int, float]) -> Estimate | None:
+    """Mean difference over the seeds both have, paired by seed; None if they share none."""
+    shared = sorted(set(these) & set(those))
+    return estimate([these[seed] - those[seed] for seed in shared]) if shared else None
+
+
+def around(result: Result, step: int, key: str) -> float:
+    """Mean of a validation figure over the last `WINDOW` validations up to a step.
+
+    Step 0 is never averaged with later ones.
+
+    Raises:
+        ValueError: there is none.
+    """
+    rows = [row for row in result["validation"] if row["step"] <= step and key in row]
+    if step:
+        rows = [row for row in rows if row["step"]]
+    if not rows:
+        raise ValueError(f"{result.get('run')}: no validation of {key} up to step {step}")
+    return statistics.fmean(row[key] for row in rows[-WINDOW:])
+
+
+def curve(results: Sequence[Result], key: str) -> list[tuple[int, float, float]]:
+    """(step, mean over runs, its standard error) where all runs have the figure.
+
+    With a single run the error is 0.
+    """
+    by_step: dict[int, list[float]] = {}
+    for result in results:
+        for row in result["validation"]:
+            if key in row:
+                by_step.setdefault(row["step"], []).append(row[key])
+    return [
+        (step, statistics.fmean(v), _error(v))
+        for step, v in sorted(by_step.items())
+        if len(v) == len(results)
+    ]
+
+
+def _error(values: Sequence[float]) -> float:
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """Prompts that a run made solvable or unsolvable, of those with n samples before and after.
+
+    Attributes:
+        solved, lost: none right before and some after, and the other way round. Chance is part of
+            both: a prompt solved once in n is missed by n other samples a third of the time.
+        solved_surely, lost_surely: so many after (or before) that chance would give as much less
+            than once in a hundred.
+        never: none right before or after.
+        prompts: all there are.
+    """
+
+    solved: int
+    lost: int
+    solved_surely: int
+    lost_surely: int
+    never: int
+    prompts: int
+
+
+def crossing(before: Mapping[str, int], after: Mapping[str, int], samples: int) -> Crossing:
+    """Compare counts of right samples, {prompt id: count}, of the prompts that both have."""
+    sure = sure_count(samples)
+    shared = [(before[prompt], after[prompt]) for prompt in before if prompt in after]
+    return Crossing(
+        solved=sum(not b and a > 0 for b, a in shared),
+        lost=sum(b > 0 and not a for b, a in shared),
+        solved_surely=sum(not b and a >= sure for b, a in shared),
+        lost_surely=sum(b >= sure and not a for b, a in shared),
+        never=sum(not b and not a for b, a in shared),
+        prompts=len(shared),
+    )
+
+
+def sure_count(samples: int) -> int:
+    """Fewest right ones of n samples that differ beyond chance from none of n others.
+
+    Fisher's exact test, one-sided: given c right ones in all, the chance that all fell on one side
+    is C(n, c) / C(2n, c).
+    """
+    for count in range(1, samples + 1):
+        if math.comb(samples, count) / math.comb(2 * samples, count) < _BEYOND_CHANCE:
+            return count
+    return samples
+
+
+def by_task(counts: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    """Counts of each task's prompts; ids are `<source>/<task>/<slot>`."""
+    found: dict[str, dict[str, int]] = {}
+    for prompt, count in counts.items():
+        found.setdefault(prompt.split("/")[1], {})[prompt] = count
+    return found

@@ -1,0 +1,89 @@
+"""What a study consists of: one recipe, the changes that make its variants, seeds, probes.
+
+Our choice: a variant is a list of overrides, so that what differs between two curves can be read
+off one line, and nothing else can differ.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field, field_validator, model_validator
+
+from prorl_nemo.recipe import Recipe, load_recipe
+from prorl_nemo.recipe_data import Positive
+from prorl_nemo.settings_file import Section, load_settings
+
+MAIN = "main"
+
+
+class Variant(Section):
+    """The recipe with some settings changed."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_]*$", max_length=40, description="Of its runs.")
+    question: str = Field(min_length=1, description="What it answers, for people.")
+    overrides: list[str] = Field([], description="section.key=value, as on the command line.")
+    seeds: list[int] = Field([1, 2, 3], min_length=1, description="One run each.")
+
+    @field_validator("seeds")
+    @classmethod
+    def _different(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds) or min(seeds) < 0:
+            raise ValueError("seeds must be different numbers from 0")
+        return seeds
+
+
+class Probe(Section):
+    """Many samples of each held-out prompt, before the first step and after the last one."""
+
+    prompts_per_task: int = Field(16, ge=1, le=1000, description="Held-out prompts of each task.")
+    samples: int = Field(256, ge=2, le=4096, description="Samples of a prompt, at temperature 1.")
+
+
+class Study(Section):
+    """The whole study."""
+
+    pretraining: str = Field(min_length=1, description="Recipe of the model (`prorl pretrain`).")
+    recipe: str = Field(min_length=1, description="Recipe of the main run.")
+    results: str = Field(min_length=1, description="Folder of what is committed of each run.")
+    probe: Probe = Probe()
+    compare_at: Positive = Field(
+        1000, description="Step at which variants are compared with the main runs."
+    )
+    variants: list[Variant] = Field(min_length=1, description="`main` first; run in this order.")
+
+    @model_validator(mode="after")
+    def _main_first(self) -> Study:
+        names = [variant.name for variant in self.variants]
+        if names[0] != MAIN or self.variants[0].overrides:
+            raise ValueError("variants: the first is the recipe itself: `main`, without overrides")
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"variants: {', '.join(twice)} is listed twice")
+        return self
+
+    @property
+    def main_recipe(self) -> Recipe:
+        """The recipe without changes: every model is probed by it, whatever it was trained by."""
+        return load_recipe(self.recipe)
+
+    def recipe_of(self, variant: Variant, seed: int) -> Recipe:
+        """The recipe of one run.
+
+        Raises:
+            RecipeError: an override that the recipe refuses.
+        """
+        name = run_name(variant.name, seed)
+        return load_recipe(self.recipe, [*variant.overrides, f"seed={seed}", f"name={name}"])
+
+    def result_file(self, variant: str, seed: int) -> Path:
+        return Path(self.results) / f"{variant}_seed{seed}.json"
+
+
+def run_name(variant: str, seed: int) -> str:
+    return f"study-{variant}-seed{seed}"
+
+
+def load_study(path: Path) -> Study:
+    """Read a study's file. Raises RecipeError."""
+    return load_settings(Study, path)

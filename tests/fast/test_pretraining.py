@@ -1,0 +1,255 @@
+"""Pretraining's pure parts: working, order of problems, tokenizer, batches, the recipe."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import reasoning_gym
+import torch
+
+from prorl_nemo.data.chat import ChatRenderer, PromptDropped
+from prorl_nemo.errors import RecipeError
+from prorl_nemo.megatron.packing import build_row
+from prorl_nemo.megatron.row_loss import supervised_row_loss
+from prorl_nemo.model_source import check_model_folder
+from prorl_nemo.pretraining.first_model import train_tokenizer, write_first_model
+from prorl_nemo.pretraining.problems import Problem, load_problems, step_of
+from prorl_nemo.pretraining.run import Encoder, batch_of, exam_row
+from prorl_nemo.pretraining.working import working
+from prorl_nemo.recipe_pretrain import Pretraining, load_pretraining
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "study" / "pretrain.yaml"
+
+SHAPE = {"hidden_size": 32, "intermediate_size": 48, "layers": 2, "heads": 2, "kv_heads": 1}
+TASKS = [
+    {"task": "chain_sum", "problems": 40, "config": {"max_terms": 3, "max_digits": 2}},
+    {"task": "syllogism", "problems": 30},
+]
+
+
+def settings(**changes: Any) -> Pretraining:
+    raw = {
+        "name": "tiny",
+        "steps": 4,
+        "problems_per_step": 8,
+        "tasks": TASKS,
+        "shape": {**SHAPE, "vocab_size": 300, "max_positions": 256},
+        "exam": {"problems_per_task": 8},
+    }
+    return Pretraining.model_validate({**raw, **changes})
+
+
+# ---- working
+
+
+@pytest.mark.parametrize(
+    ("task", "metadata", "steps"),
+    [
+        ("chain_sum", {"expression": "55 + 98 - 93"}, "55+98=153 153-93=60"),
+        ("chain_sum", {"expression": "3 - 9 + 1"}, "3-9=-6 -6+1=-5"),
+        ("products", {"expression": "98 * 93"}, "98*90=8820 98*3=294 8820+294=9114"),
+        ("gcd", {"numbers": [15, 168]}, "168%15=3 15%3=0"),
+        ("gcd", {"numbers": [2, 4, 6]}, None),
+        ("letter_counting", {"target_letter": "e", "span": ["We", "see"]}, "We 1 see 2"),
+        ("simple_equations", {"equation": "2*z + 16 = 60"}, "2*z=44"),
+        ("simple_equations", {"equation": "2*z - 16 = 60"}, "2*z=76"),
+        ("simple_equations", {"equation": "3*z = 60"}, None),
+        ("number_sequence", {"sequence": [8, -6, -13, -17, -19]}, "-14 -7 -4"),
+        ("spell_backward", {"word": "sun"}, "s u n"),
+        ("base_conversion", {"decimal_value": 161}, "161"),
+        ("count_primes", {"primes": []}, None),
+        ("count_primes", {"primes": list(range(9))}, None),
+        ("syllogism", {"is_valid": True}, None),
+    ],
+)
+def test_working_by_hand(task: str, metadata: dict[str, Any], steps: str | None) -> None:
+    assert working(task, metadata) == steps
+
+
+def test_working_of_real_items_leads_to_their_answers() -> None:
+    """Every equation in it is true, and its last value is the answer where it ends in one."""
+    checked: Counter[str] = Counter()
+    recipe = load_pretraining(RECIPE, [])
+    for task in recipe.tasks:
+        if task.task == "number_sequence":
+            continue  # Slow to make, and its working has no equation.
+        items = reasoning_gym.create_dataset(task.task, seed=3, size=40, **task.config)
+        for item in items:
+            steps = working(task.task, item["metadata"])
+            if steps is None:
+                continue
+            for left, right in re.findall(r"(\S+)=(-?\d+)(?: |$)", steps):
+                if re.fullmatch(r"[-+*%\d]+", left):
+                    assert eval(left) == int(right), steps  # Digits and signs, as just matched.
+                    checked["equations"] += 1
+            if task.task in ("chain_sum", "products", "simple_geometry"):
+                assert steps.rsplit("=", 1)[1] == item["answer"], (item["question"], steps)
+            if task.task == "gcd":
+                assert steps.rsplit("%", 1)[1] == f"{item['answer']}=0"
+            if task.task == "letter_counting":
+                assert sum(map(int, steps.split()[1::2])) == int(item["answer"])
+            if task.task == "count_bits":
+                assert steps.split().count("1") == int(item["answer"])
+            if task.task == "spell_backward":
+                assert steps.replace(" ", "")[::-1] == item["answer"]
+            if task.task == "count_primes":
+                assert len(steps.split()) == int(item["answer"])
+            checked[task.task] += 1
+    assert len(checked) >= 9 and min(checked.values()) >= 10, checked
+
+
+# ---- problems
+
+
+def test_problems_are_kept_and_disjoint(tmp_path: Path) -> None:
+    train, exam = load_problems(settings(), tmp_path)
+    assert Counter(p.task for p in train) == {"chain_sum": 40, "syllogism": 30}
+    assert Counter(p.task for p in exam) == {"chain_sum": 8, "syllogism": 8}
+    questions = [p.question for p in train + exam]
+    assert len(set(questions)) == len(questions)
+    assert all(p.response.endswith("</answer>") for p in train)
+    # About half of the sums show their steps; none of 40 or all have odds of 1e-12.
+    worked = [not p.response.startswith("<answer>") for p in train if p.task == "chain_sum"]
+    assert 0 < sum(worked) < 40
+    assert load_problems(settings(), tmp_path) == (train, exam)
+    written = (tmp_path / "problems.jsonl").stat().st_mtime_ns
+    load_problems(settings(), tmp_path)
+    assert (tmp_path / "problems.jsonl").stat().st_mtime_ns == written
+    # Other settings are other problems, whatever the folder holds.
+    none, _ = load_problems(settings(worked_share=0.0), tmp_path)
+    assert all(p.response.startswith("<answer>") for p in none)
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ({"task": "chain_sums"}, r"tasks\.0\.task: .*did you mean chain_sum"),
+        ({"task": "chain_sum", "config": {"terms": 2}}, r"tasks\.0\.config\.terms"),
+        ({"task": "countdown", "config": {"min_numbers": 90}}, r"tasks\.0\.config"),
+    ],
+)
+def test_tasks_that_cannot_be_used(task: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_problems(settings(tasks=[task]), tmp_path)
+
+
+def test_each_epoch_has_every_problem_once() -> None:
+    seen = [index for step in range(1, 8) for index in step_of(count=14, size=4, step=step, seed=3)]
+    assert sorted(seen[:14]) == sorted(seen[14:]) == list(range(14))
+    assert seen[:14] != seen[14:]
+    # A step depends on nothing before it, and on the seed.
+    assert step_of(14, 4, 5, 3) == seen[16:20]
+    assert step_of(14, 4, 5, 4) != seen[16:20]
+    # More problems a step than there are: some come twice.
+    assert Counter(step_of(3, 7, 1, 0)) == Counter([0, 1, 2] * 2 + step_of(3, 7, 1, 0)[6:])
+
+
+# ---- tokenizer and model
+
+
+def test_tokenizer(tmp_path: Path) -> None:
+    texts = ["What is 12 + 34?", "<answer>46</answer>", "What is a number?"] * 20
+    tokenizer = train_tokenizer(texts, 300, 256)
+    assert 256 + 5 < len(tokenizer) <= 300
+    for text in ("What is 12 + 34?", "naïve 東京 \n\t 🙂 ١٢", "<answer>46</answer>"):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(ids) == text
+    ids = tokenizer("<answer>1246</answer>", add_special_tokens=False)["input_ids"]
+    pieces = [tokenizer.decode([i]) for i in ids]
+    assert pieces == ["<answer>", "1", "2", "4", "6", "</answer>"]
+    # Tags survive where special tokens are left out: graders need them.
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "<answer>1246</answer>"
+    renderer = ChatRenderer(tokenizer, 100)
+    prompt = renderer.render([{"role": "user", "content": "What is 1 <answer>?"}])
+    text = "<|im_start|>user\nWhat is 1 <answer>?<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(prompt) == text
+    with pytest.raises(PromptDropped):
+        renderer.render([{"role": "user", "content": "a <|im_end|>"}])
+
+
+def test_first_model_is_a_model_and_the_same_for_a_seed(tmp_path: Path) -> None:
+    shape, texts = settings().shape, ["What is 12 + 34?"] * 4
+    folders = [tmp_path / name for name in ("a", "b", "c")]
+    for folder, seed in zip(folders, (1, 1, 2), strict=True):
+        write_first_model(folder, shape, texts, seed, "bf16")
+        check_model_folder(folder)
+    weights = [(folder / "model.safetensors").read_bytes() for folder in folders]
+    assert weights[0] == weights[1] != weights[2]
+    config = json.loads((folders[0] / "config.json").read_text())
+    assert config["model_type"] == "qwen2" and config["tie_word_embeddings"]
+    encoder = Encoder(folders[0], 120)
+    _, response = encoder.encode(Problem("t", "1 + 1", "<answer>2</answer>"))
+    assert encoder.tokenizer.decode(response) == "<answer>2</answer><|im_end|>"
+    with pytest.raises(PromptDropped):
+        encoder.encode(Problem("t", "1 + 1", "2" * 120))
+
+
+# ---- batches, loss, exam
+
+
+def test_batches() -> None:
+    encoded = [([5, 6, 7], [8, 9]), ([5], [6])]
+    answers = batch_of(encoded, "response")
+    assert answers.prompts == [[5, 6, 7], [5]] and answers.groups == [[0], [1]]
+    assert [r.tolist() for r in answers.responses] == [[8, 9], [6]]
+    whole = batch_of(encoded, "all")
+    assert whole.prompts == [[5], [5]]
+    assert [r.tolist() for r in whole.responses] == [[6, 7, 8, 9], [6]]
+    assert whole.response_tokens == 5
+
+
+def test_supervised_loss_is_the_sum_of_cross_entropies() -> None:
+    batch = batch_of([([1, 2], [3, 4]), ([1], [2])], "response")
+    row = build_row(batch.items(range(2), shared_prompts=True))
+    logits = torch.randn(3, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    logprobs = torch.log_softmax(logits, -1)[torch.arange(3), row.targets]
+    loss, tokens, figures = supervised_row_loss(row, torch.stack((logprobs, logprobs)))
+    expected = torch.nn.functional.cross_entropy(logits, row.targets, reduction="sum")
+    torch.testing.assert_close(loss, expected)
+    assert int(tokens) == 3 and float(figures["tokens"]) == 3.0
+    assert float(figures["loss_sum"]) == pytest.approx(float(expected), rel=1e-6)
+    empty, none, nothing = supervised_row_loss(build_row([]), torch.zeros(2, 0))
+    assert float(empty) == 0.0 and int(none) == 0 and nothing == {}
+
+
+def test_exam_by_hand() -> None:
+    row = exam_row(["a", "b", "a"], [0.5, 1 / 257, 0.25])
+    assert row["validation/mean"] == pytest.approx((0.75 + 1 / 257) / 3)
+    assert row["exam/hopeless_share"] == pytest.approx(1 / 3)
+    assert row["exam/by_task"] == {"a": 0.375, "b": 1 / 257}
+    assert row["exam/hopeless_by_task"] == {"a": 0.0, "b": 1.0}
+    assert math.isclose(float(np.mean([0.5, 0.25])), row["exam/by_task"]["a"])
+
+
+# ---- the recipe
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shape": {**SHAPE, "heads": 3}}, "heads must divide"),
+        ({"shape": {**SHAPE, "hidden_size": 18}}, "must be even"),
+        ({"tasks": [TASKS[0], TASKS[0]]}, "listed twice"),
+        ({"tasks": []}, "tasks"),
+        ({"steps": 0}, "steps"),
+        ({"policy": {"optimizer": {"warmup_steps": 4}}}, "warmup_steps"),
+        ({"worked_share": 1.5}, "worked_share"),
+    ],
+)
+def test_recipes_that_cannot_be_honoured(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        settings(**changes)
+
+
+def test_the_study_recipe() -> None:
+    recipe = load_pretraining(RECIPE, [])
+    assert recipe.training_recipe(Path("x")).policy == recipe.policy
+    with pytest.raises(RecipeError, match="did you mean problems_per_step"):
+        load_pretraining(RECIPE, ["problem_per_step=3"])
