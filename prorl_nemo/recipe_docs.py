@@ -1,4 +1,4 @@
-"""docs/recipes.md from the recipe's schema: `python -m prorl_nemo.recipe_docs [FILE]`.
+"""docs/recipes.md and docs/pretraining.md from their schemas: `python -m prorl_nemo.recipe_docs`.
 
 Our choice: made, not written, so that it cannot be out of date; a test compares.
 """
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from prorl_nemo.recipe import Recipe
+from prorl_nemo.recipe_pretrain import Pretraining
+from prorl_nemo.settings_file import Section
 from prorl_nemo.training.run_dir import RESUMABLE
 
 _INTRODUCTION = """\
@@ -39,10 +41,35 @@ it computes, not what.
 """
 
 
-def render() -> str:
-    """The page as text."""
-    schema = Recipe.model_json_schema()
-    parts = [_INTRODUCTION]
+_PRETRAINING = """\
+# Pretraining
+
+`prorl pretrain RECIPE` makes a small model of one's own: untrained weights of Qwen2's \
+architecture, a byte-level BPE trained on the same text, and next-token prediction on worked \
+problems of Reasoning Gym, by the ranks, packed rows, optimizer and checkpoints of `prorl train`. \
+It is there for studies that need thousands of steps on two cores, which no published model is \
+small enough for. This page is made from `prorl_nemo/recipe_pretrain.py`.
+
+    prorl pretrain recipes/study/pretrain.yaml            # resumes where it stopped
+    prorl train RECIPE model=runs/study-pretrain/model    # what it writes is a model folder
+
+* Training problems come from the split of questions that RL trains on; those of the exam, as all \
+that RL validates on, never occur.
+* Where a task has short steps that lead to its answer (sums from left to right, Euclid's \
+remainders, ...: `prorl_nemo/pretraining/working.py`), a share of the responses shows them before \
+the answer. The tags of the answer are one token each, digits are tokens of their own.
+* The loss is the mean cross-entropy over the tokens that are predicted. A step is one update.
+* An exam gives the exact chance that a response at temperature 1 is the reference response, \
+without sampling: the least share of samples that are right. `metrics.jsonl` has it by task.
+* The same recipe gives the same model on the same kind of machine, stopped and resumed or not.
+
+"""
+
+
+def render(schema_of: type[Section] = Recipe, introduction: str = _INTRODUCTION) -> str:
+    """A page as text."""
+    schema = schema_of.model_json_schema()
+    parts = [introduction]
     for path, section in _sections(schema, schema, ""):
         title = f"## `{path}`\n\n{_sentence(section)}\n\n" if path else "## The file\n\n"
         rows = [_row(schema, section, path, key) for key in section["properties"]]
@@ -141,7 +168,13 @@ def _sentence(section: Any) -> str:
     return " ".join(section.get("description", "").split())
 
 
+def render_pretraining() -> str:
+    """docs/pretraining.md as text."""
+    return render(Pretraining, _PRETRAINING)
+
+
 if __name__ == "__main__":
-    target = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/recipes.md")
-    target.write_text(render(), encoding="utf-8")
-    print(target)
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "docs")
+    for name, page in (("recipes.md", render()), ("pretraining.md", render_pretraining())):
+        (folder / name).write_text(page, encoding="utf-8")
+        print(folder / name)

@@ -127,8 +127,9 @@ class Tracking(Section):
     """Where figures go besides metrics.jsonl. A back end that is down never stops training."""
 
     backends: list[Literal["tensorboard", "wandb", "mlflow", "prometheus"]] = Field(
-        [], description="Each needs its package; refused where it is not installed. prometheus serves the "
-        "newest figures and says where in the run's prometheus.json."
+        [],
+        description="Each needs its package; refused where it is not installed. prometheus serves "
+        "the newest figures and says where in the run's prometheus.json.",
     )
     project: str = Field("prorl_nemo", min_length=1, description="Of wandb; experiment of mlflow.")
     offline: bool = Field(

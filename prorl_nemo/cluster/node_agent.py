@@ -29,7 +29,14 @@ from typing import Any
 from prorl_nemo.cluster.link import Door, Link, LinkLost
 from prorl_nemo.cluster.placement import listed
 from prorl_nemo.cluster.probes import GIB, Needs, Probe, probe, problems
-from prorl_nemo.cluster.ray_node import RayFailed, RayNode, adopt_orphans, own_address
+from prorl_nemo.cluster.ray_node import (
+    RayFailed,
+    RayNode,
+    adopt_orphans,
+    own_address,
+    ray_environment,
+    ray_part,
+)
 
 NODE_LOST, NODE_REFUSED, NOT_JOINED = 70, 71, 72
 """Exit statuses of an attempt that ended for the sake of its nodes."""
@@ -141,7 +148,7 @@ class _Head:
         options = (f"--include-dashboard={str(settings.dashboard).lower()}",)
         self.ray = RayNode(self.temporary / "ray", log, own, None, environment, options)
         for link in self.links.values():
-            link.send({"ray": self.ray.address, "environment": _own_part(environment)})
+            link.send({"ray": self.ray.address, "environment": ray_part(environment)})
         self._all_say("joined")
         _say(f"Ray runs on {len(settings.names)} nodes at {self.ray.address}")
         if self.signalled:
@@ -287,25 +294,6 @@ def _order(link: Link) -> dict[str, Any]:
     while (order := link.receive(_POLL_SECONDS)) is None:
         pass
     return order
-
-
-def ray_environment(token: str) -> dict[str, str]:
-    """Of Ray and the command on every node: a token of this job's, and quick news of lost nodes."""
-    return dict(os.environ) | {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": token,
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "RAY_memory_monitor_refresh_ms": "0",
-        "RAY_worker_niceness": "0",
-        "RAY_health_check_period_ms": "3000",
-        "RAY_health_check_timeout_ms": "5000",
-        "RAY_health_check_failure_threshold": "4",
-    }
-
-
-def _own_part(environment: dict[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if name.startswith("RAY_")}
 
 
 def _publish(file: Path, text: str) -> None:

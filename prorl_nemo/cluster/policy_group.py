@@ -120,6 +120,7 @@ class PolicyGroup:
         self._silent_seconds = float(recipe.faults.silent_seconds)
         self._processes: list[psutil.Process] = []
         self._stages: dict[int, list[Any]] = {}
+        self._last_parts: dict[int, tuple[Any, ...]] = {}
         self._ranks = []
         for rank in range(recipe.policy.ranks):
             options = placement.rank_options(rank) if placement else {"num_cpus": 0}
@@ -219,17 +220,20 @@ class PolicyGroup:
             [rank.weights.options(num_returns="streaming").remote(transfer) for rank in ranks]
             for _, ranks in sorted(self._stages.items())
         ]
-        for streams in stages:
+        self._last_parts.clear()
+        for stage, streams in enumerate(stages):
             # Without pieces the first rank sends it all. The others only take part in its gathers,
             # and end when it does.
             senders = streams if transfer == "host" else streams[:1]
             while parts := tuple(p for p in map(self._next, senders) if p is not None):
+                self._last_parts[stage] = parts
                 yield parts
             for stream in streams[len(senders) :]:
                 self._next(stream)
-        # A rank that raised has ended its stream early: what it raised, rather than the engines'
-        # complaint about tensors that never came.
-        self._get([stream.completed() for streams in stages for stream in streams])
+
+    def check_sent(self) -> None:
+        """Raise what a rank raised while it sent its weights, which is the last its stream held."""
+        self._get([part for parts in self._last_parts.values() for part in parts])
 
     def _next(self, stream: Any) -> Any:
         """The next reference of a rank's stream, or None at its end."""

@@ -105,6 +105,26 @@ class RayNode:
         return False
 
 
+def ray_environment(token: str) -> dict[str, str]:
+    """Of Ray and the command on every node: a token of this job's, and quick news of lost nodes."""
+    return dict(os.environ) | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": token,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_memory_monitor_refresh_ms": "0",
+        "RAY_worker_niceness": "0",
+        "RAY_health_check_period_ms": "3000",
+        "RAY_health_check_timeout_ms": "5000",
+        "RAY_health_check_failure_threshold": "4",
+    }
+
+
+def ray_part(environment: dict[str, str]) -> dict[str, str]:
+    """What of it the other nodes need."""
+    return {name: value for name, value in environment.items() if name.startswith("RAY_")}
+
+
 def adopt_orphans() -> None:
     """Descendants whose parent ends become this process's children, so none can be left behind."""
     ctypes.CDLL(None, use_errno=True).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

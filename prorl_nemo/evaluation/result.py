@@ -294,12 +294,12 @@ def _category_mean(tasks: Sequence[str], means: Sequence[float]) -> float:
     """Mean over categories of the mean over their tasks of the mean over a task's items."""
     by_category: dict[str, list[float]] = {}
     for task, value in _by_task(tasks, means).items():
-        by_category.setdefault(_category(task), []).append(value)
+        by_category.setdefault(category_of(task), []).append(value)
     return math.fsum(math.fsum(v) / len(v) for v in by_category.values()) / len(by_category)
 
 
 @cache
-def _category(task: str) -> str:
+def category_of(task: str) -> str:
     """The package of Reasoning Gym that a task is in: algebra, games, logic ..."""
     from reasoning_gym.factory import DATASETS
 

@@ -96,6 +96,8 @@ class FleetGenerator:
         gpus = int(ray.cluster_resources().get("GPU", 0))
         options = self._options
         count = options.engines or max(1, gpus)
+        if gpus and count > gpus:
+            raise UserError(f"--engines: {count} engines need a GPU each; there are {gpus}")
         cache = options.kv_cache_mib or (None if gpus else 512)
         settings = EngineSettings(
             model=str(self.folder),

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,10 @@ from prorl_nemo.megatron.packing import PackedRow, Tree
 # Below this many tokens a tree is one masked product: fewer, larger kernels beat
 # skipping the masked part. Above it each response is computed by itself.
 _ONE_PRODUCT_TOKENS = 768
+# From this many sequences on, and up to this much padding, a row is one padded product: short
+# sequences one by one cost more in calls than in products. Our choice.
+_MANY_SEQUENCES = 8
+_PADDED_SHARE = 2.0
 
 
 class RMSNorm(nn.Module):
@@ -167,6 +171,8 @@ class PackedAttention(nn.Module):
         if k.shape[1] != q.shape[1]:
             repeats = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+        if len(row.pieces) == 1 and worth_padding(row.trees):
+            return attend_together(q, k, v, row.trees, self.scale)
         parts = []
         held = 0
         for start, stop in row.pieces:
@@ -233,6 +239,43 @@ def _gather_row(held: Tensor) -> Tensor:
     pieces = gathered.view(ranks, 2, -1, *held.shape[1:])
     front, back = pieces[:, 0], pieces[:, 1].flip(0)
     return torch.cat((front, back)).reshape(gathered.shape)
+
+
+def worth_padding(trees: Sequence[Tree]) -> bool:
+    """Whether a row is of many plain sequences of like lengths: then one product for all of them
+    is faster than one for each, though it computes some padding."""
+    if len(trees) < _MANY_SEQUENCES or any(len(tree.responses) > 1 for tree in trees):
+        return False
+    lengths = [tree.length for tree in trees]
+    return len(lengths) * max(lengths) <= _PADDED_SHARE * sum(lengths)
+
+
+def attend_together(
+    q: Tensor, k: Tensor, v: Tensor, trees: Sequence[Tree], scale: float | None
+) -> Tensor:
+    """Causal attention inside each plain sequence of a row, in one padded batch.
+
+    Padding stands behind a sequence's tokens, which look at none that come later.
+
+    Args:
+        q, k, v: [1, heads, tokens, dim], the sequences end to end.
+    """
+    longest, heads = max(tree.length for tree in trees), q.shape[1]
+    starts = torch.tensor([tree.start for tree in trees], device=q.device)[:, None]
+    lengths = torch.tensor([tree.length for tree in trees], device=q.device)[:, None]
+    places = torch.arange(longest, device=q.device)[None]
+    index = starts + torch.minimum(places, lengths - 1)
+    kept = (torch.arange(len(trees), device=q.device)[:, None] * longest + places)[places < lengths]
+
+    def batch(x: Tensor) -> Tensor:
+        """[sequences, heads, longest, dim]"""
+        # An embedding's backward adds rows in parallel, that of plain indexing one by one.
+        tokens = x[0].transpose(0, 1).flatten(1)
+        return F.embedding(index, tokens).unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    out = F.scaled_dot_product_attention(batch(q), batch(k), batch(v), is_causal=True, scale=scale)
+    whole = F.embedding(kept, out.transpose(1, 2).flatten(2).flatten(0, 1))
+    return whole.unflatten(-1, (heads, -1)).transpose(0, 1)[None]
 
 
 @functools.lru_cache(maxsize=512)

@@ -245,12 +245,25 @@ class PolicyWorker:
         outputs = self._run(rows, loss, forward_only=False)
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
+        if not self._finite_everywhere(outputs):
+            norm = math.nan
         sums: dict[str, float] = {}
         if self._reports:
             for output in outputs:
                 for name, value in output.items():
                     sums[name] = sums.get(name, 0.0) + float(value)
         return sums, norm
+
+    def _finite_everywhere(self, outputs: list[dict[str, Tensor]]) -> bool:
+        """Whether the loss is a number on every rank. Collective.
+
+        The gradient's norm does not tell: a clamp passes a NaN on with a gradient of zero, and the
+        update would be made as if nothing were wrong.
+        """
+        wrong = any(not bool(torch.isfinite(o["loss_sum"])) for o in outputs if o)
+        found = torch.tensor(float(wrong), device=self.device)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return not found.item()
 
     def resources(self) -> tuple[str, int]:
         """The device's name, and the most bytes held on it since the last call.

@@ -20,6 +20,13 @@ from prorl_nemo.errors import RecipeError
 from prorl_nemo.pretraining.working import working
 from prorl_nemo.recipe_pretrain import Pretraining
 
+# Settings that decide which problems there are.
+_DECIDES: Any = {
+    "seed": True,
+    "tasks": True,
+    "worked_share": True,
+    "exam": {"problems_per_task"},
+}
 # Slots looked at for each problem that is wanted, before a task counts as too narrow.
 _SLOTS_PER_PROBLEM = 4
 # A task with fewer different problems than this would be learnt by heart.
@@ -47,9 +54,7 @@ def load_problems(
             fewer different questions than an exam needs.
     """
     wanted = hashlib.sha256(
-        json.dumps(
-            settings.model_dump(include={"seed", "tasks", "exam", "worked_share"}), sort_keys=True
-        ).encode()
+        json.dumps(settings.model_dump(include=_DECIDES), sort_keys=True).encode()
     ).hexdigest()
     file = folder / "problems.jsonl"
     found = _read(file, wanted)

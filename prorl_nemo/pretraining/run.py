@@ -12,7 +12,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -142,21 +142,20 @@ class _Run:
         self.settings, self.first, self.log = settings, first, log
         self.checkpoints, self.console = checkpoints, console
         self.encoder = Encoder(first, settings.shape.max_positions)
-        self.train = self._usable(train)
+        self.train = train
         self.exam = self._usable(exam)
-        if not self.train or not self.exam:
-            raise UserError("shape.max_positions: no problem is short enough; raise it")
         self.step = 0
 
     def _usable(self, problems: list[Problem]) -> list[tuple[Problem, Encoded]]:
-        usable, dropped = [], 0
+        """Problems with their tokens; those that are too long are left out."""
+        usable = []
         for problem in problems:
-            try:
+            with suppress(PromptDropped):
                 usable.append((problem, self.encoder.encode(problem)))
-            except PromptDropped:
-                dropped += 1
-        if dropped:
-            self.console.print(f"{dropped} of {len(problems)} problems are left out: too long")
+        if not usable:
+            raise UserError(
+                f"shape.max_positions: of {len(problems)} problems none is short enough; raise it"
+            )
         return usable
 
     def to_the_end(self, stop: StopWatch) -> bool:
@@ -201,7 +200,9 @@ class _Run:
             floor=optimizer.min_learning_rate,
         )
         chosen = step_of(len(self.train), settings.problems_per_step, self.step, settings.seed)
-        batch = batch_of([self.train[index][1] for index in chosen], settings.loss_on)
+        # Encoded as they are needed: all of them at once would take as long as a minute of steps.
+        usable = self._usable([self.train[index] for index in chosen])
+        batch = batch_of([encoded for _, encoded in usable], settings.loss_on)
         started = time.monotonic()
         record = policy.supervise(batch, rate)
         if record["skipped"]:
@@ -216,6 +217,7 @@ class _Run:
                 "policy/loss": record["loss_sum"] / record["tokens"],
                 "policy/grad_norm": record["grad_norm"],
                 "policy/learning_rate": rate,
+                "pretrain/problems": len(usable),
                 "pretrain/predicted_tokens": int(record["tokens"]),
                 "time/step": time.monotonic() - started,
             }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from prorl_nemo.errors import UserError
@@ -101,7 +101,7 @@ class Filling:
         self.window: deque[PendingGroup] = deque()
         self.surplus: list[PendingGroup] = []
         self.drawn: list[tuple[Prompt, int]] = []
-        self._rejected_prompts: set[str] = set()
+        self._rejected_prompts: Counter[str] = Counter()
 
     @property
     def full(self) -> bool:
@@ -173,13 +173,16 @@ class Filling:
                 f"(limit {max_rejected_per_kept:g} per kept one); use tasks the model solves "
                 f"sometimes, or check the graders\n{self._table()}"
             )
-        if not kept and group.prompt.prompt_id in self._rejected_prompts:
+        self._rejected_prompts[group.prompt.prompt_id] += 1
+        # Twice may be the end of one shuffled pass and the beginning of the next. Whatever comes a
+        # third time has seen a whole pass go by.
+        if not kept and self._rejected_prompts[group.prompt.prompt_id] > 2:
+            prompts = len(self._rejected_prompts)
             raise NoSignalError(
-                f"data.sources: a whole pass over the data ({rejected - 1} prompts) gave no group "
+                f"data.sources: a whole pass over the data ({prompts} prompts) gave no group "
                 f"with signal; use tasks the model solves sometimes, or check the graders\n"
                 f"{self._table()}"
             )
-        self._rejected_prompts.add(group.prompt.prompt_id)
 
     def progress(self, samples_running: int) -> Progress:
         return Progress(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from prorl_nemo.evaluation.result import category_of
 from prorl_nemo.reporting.figure import draw
 from prorl_nemo.study.analysis import (
     Estimate,
@@ -19,6 +20,7 @@ from prorl_nemo.study.analysis import (
     sure_count,
 )
 from prorl_nemo.study.compact import read_result
+from prorl_nemo.study.forest import draw_forest
 from prorl_nemo.study.plan import MAIN, Study
 
 SCORE, PASS = "mean", "pass"
@@ -55,10 +57,10 @@ def _main(study: Study, folder: Path, runs: Runs) -> list[str]:
     results = list(runs.values())
     last = min(result["steps"] for result in results)
     names = {
-        SCORE: "trained tasks, mean score",
-        PASS: "trained tasks, pass@n",
-        f"{NEVER}{SCORE}": "never trained, mean",
-        f"{NEVER}{PASS}": "never trained, pass@n",
+        SCORE: "trained, mean",
+        PASS: "trained, pass@n",
+        f"{NEVER}{SCORE}": "unseen, mean",
+        f"{NEVER}{PASS}": "unseen, pass@n",
     }
     curves = [(name, points) for key, name in names.items() if (points := curve(results, key))]
     title = f"Main run, {len(runs)} seeds, ± 2 standard errors over seeds"
@@ -76,13 +78,14 @@ def _main(study: Study, folder: Path, runs: Runs) -> list[str]:
                 if curve(results, key)
             ],
         ),
-        "*Last third*: gain over the last third of the steps, paired by seed.\n",
-        "### By task\n",
+        "*Unseen*: tasks that are never trained on. *Last third*: gain over the last third of the "
+        "steps, paired by seed.\n",
+        "### By category and task\n",
         _table(
-            ["task", "mean, start", "mean, end", "pass@n, start", "pass@n, end"],
+            ["", "mean, start", "mean, end", "pass@n, start", "pass@n, end"],
             [
-                [task, *(str(_at(runs, s, k)) for k in (task, f"pass/{task}") for s in (0, last))]
-                for task in _tasks(results[0])
+                [name, *(str(_of(runs, s, p, tasks)) for p in ("", "pass/") for s in (0, last))]
+                for name, tasks in _categories(results[0])
             ],
         ),
     ]
@@ -118,8 +121,7 @@ def _crossings(study: Study, runs: Runs) -> list[str]:
 
 def _variants(study: Study, folder: Path, found: Mapping[str, Runs]) -> list[str]:
     step = study.compare_at
-    curves = []
-    rows = []
+    curves, rows, differences = [], [], []
     main = found.get(MAIN, {})
     for variant in study.variants:
         runs = {s: r for s, r in found.get(variant.name, {}).items() if r["steps"] >= step}
@@ -135,6 +137,8 @@ def _variants(study: Study, folder: Path, found: Mapping[str, Runs]) -> list[str
             here = {s: around(r, step, key) for s, r in runs.items() if _has(r, key)}
             there = {s: around(r, step, key) for s, r in main.items() if _has(r, key)}
             apart = difference(here, there) if variant.name != MAIN else None
+            if apart and key == SCORE:
+                differences.append((variant.name, apart))
             row += [str(estimate(list(here.values()))) if here else "", str(apart) if apart else ""]
         rows.append(row)
     if not rows:
@@ -142,9 +146,15 @@ def _variants(study: Study, folder: Path, found: Mapping[str, Runs]) -> list[str
     less = "less main"
     title = f"Variants up to step {step:,}: mean score on trained tasks, ± 2 standard errors"
     (folder / "variants.svg").write_text(draw(curves, title), encoding="utf-8")
+    figure = []
+    if differences:
+        title = f"Mean score at step {step:,} less the main run's, 95 % intervals over seeds"
+        (folder / "differences.svg").write_text(draw_forest(differences, title), encoding="utf-8")
+        figure = ["![Differences to the main runs](differences.svg)\n"]
     return [
         f"## Variants at step {step:,}\n",
         "*less main*: paired by seed with the main runs at the same step.\n",
+        *figure,
         "![Validation of the variants](variants.svg)\n",
         _table(
             ["variant", "question", "seeds", "mean", less, "pass@n", less, "never trained", less],
@@ -166,15 +176,31 @@ def _at(runs: Runs, step: int, key: str) -> Estimate:
     return estimate([around(result, step, key) for result in runs.values()])
 
 
+def _of(runs: Runs, step: int, prefix: str, tasks: list[str]) -> Estimate:
+    """Mean over tasks of a figure, over the runs."""
+    return estimate(
+        [
+            statistics.fmean(around(result, step, prefix + task) for task in tasks)
+            for result in runs.values()
+        ]
+    )
+
+
 def _late(runs: Runs, key: str) -> Estimate:
     return estimate(
         [around(r, r["steps"], key) - around(r, 2 * r["steps"] // 3, key) for r in runs.values()]
     )
 
 
-def _tasks(result: Mapping[str, Any]) -> list[str]:
+def _categories(result: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
+    """Rows of the table: each of Reasoning Gym's categories, then its tasks one by one."""
     first = result["validation"][0]
-    return sorted(key.removeprefix("pass/") for key in first if key.startswith("pass/"))
+    tasks = sorted(key.removeprefix("pass/") for key in first if key.startswith("pass/"))
+    for category in sorted({category_of(task) for task in tasks}):
+        mine = [task for task in tasks if category_of(task) == category]
+        yield f"**{category}**", mine
+        for task in mine:
+            yield task, [task]
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

@@ -17,7 +17,7 @@ from prorl_nemo.export import export_in_run
 from prorl_nemo.model_source import resolve_model
 from prorl_nemo.pretraining.run import pretrain
 from prorl_nemo.recipe_pretrain import load_pretraining
-from prorl_nemo.study.compact import Counts, compact, read_result, write_result
+from prorl_nemo.study.compact import FORMAT, Counts, compact, read_result, write_result
 from prorl_nemo.study.pages import write_pages
 from prorl_nemo.study.plan import Study, Variant
 from prorl_nemo.study.probe import probe
@@ -93,7 +93,7 @@ def _first_probe(study: Study) -> Counts:
     found = read_result(file)
     if found is None:
         counts = probe(recipe, resolve_model(recipe.model), study.probe)
-        found = {"format": 1, "probe_samples": study.probe.samples, "counts": counts}
+        found = {"format": FORMAT, "probe_samples": study.probe.samples, "counts": counts}
         write_result(file, found)
     if found["probe_samples"] != study.probe.samples:
         raise UserError(f"{file}: has {found['probe_samples']} samples of a prompt; delete it")

@@ -47,7 +47,7 @@ class Session:
         """The trainer's weights into every engine.
 
         Raises:
-            PolicyError: a trainer rank was lost; the engines then lack tensors.
+            PolicyError: a trainer rank was lost, or lost another; the engines then lack tensors.
         """
         try:
             transfer = self.recipe.rollout.weight_transfer
@@ -55,6 +55,7 @@ class Session:
             self.fleet.update_weights(version, self.policy.weights(transfer), again)
         except EngineError:
             self.policy.check_alive()
+            self.policy.check_sent()
             raise
         self.version = version
 

@@ -27,6 +27,7 @@ from prorl_nemo.errors import ModelError, RecipeError, UserError
 from prorl_nemo.model_source import tiny_model
 from prorl_nemo.recipe import parse_recipe
 from prorl_nemo.records import Prompt
+from prorl_nemo.training.stage_rules import StageRules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -395,6 +396,36 @@ def test_a_cursor_of_other_prompts_is_refused() -> None:
 
 
 # --- a recipe's prompts ---------------------------------------------------------------------
+
+
+def test_a_source_that_is_only_validated_is_never_drawn(
+    tokenizer: PreTrainedTokenizerBase, generator: ReasoningGymGenerator
+) -> None:
+    sources: list[dict[str, Any]] = [
+        {"task": "isomorphic_strings", "train": False},
+        {"task": "chain_sum", "config": NARROW},
+    ]
+    raw: dict[str, Any] = {
+        "name": "t",
+        "model": "m",
+        "data": {"sources": sources},
+        "validation": {"prompts_per_task": 2},
+        "stages": [{"steps": 1}, {"steps": 1, "weights": {"chain_sum": 2.0}}],
+    }
+    prompts = load_prompts(parse_recipe(raw), tokenizer, generator=generator)
+    assert [p.task for p in prompts.validation] == ["isomorphic_strings"] * 2 + ["chain_sum"] * 2
+    assert prompts.never_trained == {"isomorphic_strings"}
+    rules = StageRules(parse_recipe(raw))
+    for step in (1, 2):
+        rules.mix(prompts.stream, step)
+        assert {prompts.stream.draw()[0].task for _ in range(10)} == {"chain_sum"}
+    raw["stages"][1]["weights"] = {"isomorphic_strings": 1.0}
+    with pytest.raises(RecipeError, match=r"stages\.1\.weights: isomorphic_strings .* not trained"):
+        parse_recipe(raw)
+    raw["stages"] = [{"steps": 1}]
+    sources[1]["train"] = False
+    with pytest.raises(RecipeError, match="nothing to train on"):
+        parse_recipe(raw)
 
 
 def test_prompts_of_a_recipe(

@@ -461,7 +461,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 
 def test_prompts_of_a_build(built: Recipe, renderer: ChatRenderer) -> None:
     tokenizer = renderer._tokenizer
-    stream, validation = load_prompts(built, tokenizer)
+    stream, validation, _ = load_prompts(built, tokenizer)
     drawn = [stream.draw() for _ in range(114)]
     assert stream.drawn == {"math": 57, "code": 57}
     problems = [p.messages[-1]["content"] for p, _ in drawn]

@@ -27,7 +27,7 @@ ROOMS: dict[str, set[str]] = {
     "recipe_training": {"settings_file", "recipe_data"},
     "recipe_data": {"settings_file"},
     "recipe_pretrain": {"recipe", "recipe_data", "recipe_training", "settings_file"},
-    "recipe_docs": {"recipe", "training.run_dir"},
+    "recipe_docs": {"recipe", "recipe_pretrain", "settings_file", "training.run_dir"},
     # The pure core.
     "algorithms": set(),
     "schedule": set(),
@@ -44,12 +44,14 @@ ROOMS: dict[str, set[str]] = {
     "rollout": VOCABULARY | {"algorithms"},
     "cluster": VOCABULARY
     | {"megatron", "training.batch", "rollout.weights", "rollout.cuda_weights"}
+    | {"rollout.broadcast_weights"}
     # What a node must show: memory as a run counts it, a sandbox that holds.
     | {"rewards", "training.host_memory"},
     # Everything together. A run ends with its report, which reads the run's diary.
     "reporting": {"errors", "strict_yaml", "training.metrics"},
     "training": VOCABULARY
-    | {"settings_file", "recipe_pretrain", "strict_yaml", "algorithms", "schedule", "rewards", "data", "model_source"}
+    | {"settings_file", "recipe_pretrain", "strict_yaml", "algorithms", "schedule", "rewards"}
+    | {"data", "model_source"}
     | {"recipe_training", "planning.hardware"}
     | {"megatron", "rollout", "cluster", "reporting"},
     # A model of one's own: the trainer's ranks with another loss.
@@ -58,7 +60,7 @@ ROOMS: dict[str, set[str]] = {
     # Many runs, and what they say together.
     "study": VOCABULARY
     | {"settings_file", "recipe_data", "recipe_pretrain", "pretraining", "training", "export"}
-    | {"model_source", "data", "rewards", "rollout", "reporting"},
+    | {"model_source", "data", "rewards", "rollout", "reporting", "evaluation"},
     # A recipe made small: needs the shape of its model and data like that of a build.
     "shrink": VOCABULARY | {"data", "planning", "rewards", "tiny_model"},
     # Counts what the others allocate; imports what of them needs neither torch nor Megatron.

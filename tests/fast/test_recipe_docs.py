@@ -5,17 +5,23 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from prorl_nemo.recipe_docs import render
+import pytest
 
-PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
+from prorl_nemo.recipe_docs import render, render_pretraining
 
-
-def test_the_committed_page_is_current() -> None:
-    assert PAGE.read_text(encoding="utf-8") == render(), "run python -m prorl_nemo.recipe_docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
-def test_every_link_leads_to_a_section() -> None:
-    page = render()
+@pytest.mark.parametrize(
+    ("name", "page"), [("recipes.md", render()), ("pretraining.md", render_pretraining())]
+)
+def test_the_committed_pages_are_current(name: str, page: str) -> None:
+    text = (DOCS / name).read_text(encoding="utf-8")
+    assert text == page, "run python -m prorl_nemo.recipe_docs"
+
+
+@pytest.mark.parametrize("page", [render(), render_pretraining()])
+def test_every_link_leads_to_a_section(page: str) -> None:
     anchors = {
         heading.replace(".", "").lower() for heading in re.findall(r"^## `(.*)`$", page, re.M)
     }

@@ -96,11 +96,11 @@ HOSTILE = [
 @pytest.mark.parametrize("answer", HOSTILE)
 @pytest.mark.parametrize("gold", ["12", "x^2+1", r"\frac{1}{2}"])
 def test_hostile_answers_are_wrong_and_cheap(gold: str, answer: str) -> None:
-    start = time.monotonic()
+    start = time.process_time()
     verdict = grade({"kind": "math", "answer": gold}, rf"\boxed{{{answer}}}")
     assert verdict.score == 0.0
-    # None of these may reach a computation; a loaded machine is slow, hence seconds.
-    assert time.monotonic() - start < 2.0
+    # None of these may reach a computation. Of processor time: the machine may have other work.
+    assert time.process_time() - start < 2.0
 
 
 @pytest.mark.parametrize("answer", ["2^{2010}", "10^{100}", r"\binom{100}{50}", "20!", "x^{12}"])

@@ -15,6 +15,7 @@ import pytest
 
 from prorl_nemo.errors import RecipeError, UserError
 from prorl_nemo.study.analysis import (
+    Estimate,
     around,
     by_task,
     crossing,
@@ -24,6 +25,7 @@ from prorl_nemo.study.analysis import (
     sure_count,
 )
 from prorl_nemo.study.compact import FORMAT, compact, read_result, stretches, write_result
+from prorl_nemo.study.forest import draw_forest
 from prorl_nemo.study.pages import write_pages
 from prorl_nemo.study.plan import Study, load_study
 from prorl_nemo.study.runner import chosen
@@ -271,6 +273,23 @@ def write(folder: Path, name: str, shift: float, last: int) -> None:
     write_result(folder / name, {**result(values, **more), "probes": probes})
 
 
+def test_forest_by_hand() -> None:
+    rows = [
+        ("a", Estimate(0.2, 0.1, 3)),
+        ("<b>", Estimate(-0.1, 0.2, 3)),
+        ("c", Estimate(0.0, None, 1)),
+    ]
+    root = ET.fromstring(draw_forest(rows, "t"))
+    dots = [float(dot.attrib["cx"]) for dot in root.iter("{http://www.w3.org/2000/svg}circle")]
+    # The reach is 0.3 each side, and zero in the middle of 190 ... 700.
+    assert dots[2] == pytest.approx(445.0)
+    assert dots[0] - 445 == pytest.approx(2 * (445 - dots[1]), abs=0.2)
+    classes = [g.attrib["class"] for g in root.iter("{http://www.w3.org/2000/svg}g")]
+    assert classes == ["c2", "c0", "c0"]
+    texts = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert "+0.200 ± 0.100" in texts and "<b>" in texts and "+0.000, one run" in texts
+
+
 def test_pages(tmp_path: Path) -> None:
     write_pages(study(tmp_path))
     assert not list(tmp_path.iterdir())
@@ -280,12 +299,16 @@ def test_pages(tmp_path: Path) -> None:
     write_pages(study(tmp_path))
     page = (tmp_path / "README.md").read_text()
     # Start, thirds and end of the main run: 0.2 and 0.22, Student's t of one degree of freedom.
-    assert "| trained tasks, mean score | 0.210 ± 0.127 | 0.310 ± 0.127 |" in page
+    assert "| trained, mean | 0.210 ± 0.127 | 0.310 ± 0.127 |" in page
+    # A category by its tasks; what the library does not know is a category of its own.
+    assert "| **t** | 0.500 ± 0.000 |" in page and "| t | 0.500 ± 0.000 |" in page
     assert "| **all** | 2.0 | 1.0 | 1.0 | 1.0 | 0.0 | 0.0 |" in page
     # At step 200 the last two validations: 0.35 less 0.1, and the main run's of the same seed.
     assert "| no_kl | Without KL | 1 | 0.250 | -0.100 | 0.900 | 0.000 | 0.300 | 0.000 |" in page
     assert "absent" not in page
-    for name in re.findall(r"\((\w+\.svg)\)", page):
+    figures = re.findall(r"\((\w+\.svg)\)", page)
+    assert figures == ["main.svg", "differences.svg", "variants.svg"]
+    for name in figures:
         assert ET.parse(tmp_path / name).getroot().tag.endswith("svg")
     tables = [line for line in page.splitlines() if line.startswith("|")]
     for first, second in itertools.pairwise(tables):

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-ITEMS, SAMPLES, TOKENS = 20, 2, 160
-KILLS = (80, 200)
+ITEMS, SAMPLES, TOKENS = 12, 2, 96
+KILLS = (60, 150)
 
 
 def main() -> int:

@@ -1,20 +1,25 @@
-"""`prorl pretrain` as a user runs it: a stop in the middle, a model that transformers loads."""
+"""Pretraining with real ranks: a stop in the middle, a model that transformers loads."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import subprocess
-import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
+from rich.console import Console
 
 from prorl_nemo.model_source import check_model_folder
+from prorl_nemo.pretraining.run import pretrain
+from prorl_nemo.recipe_pretrain import load_pretraining
+from prorl_nemo.training.session import start_ray
 
 RECIPE = """
 name: tiny
@@ -28,33 +33,41 @@ checkpoint: {interval: 100}
 """
 
 
-def prorl(folder: Path, name: str) -> list[str]:
-    arguments = ["pretrain", str(folder / "recipe.yaml"), f"runs_dir={folder}", f"name={name}"]
-    return [sys.executable, "-m", "prorl_nemo.cli", *arguments]
-
-
 def rows(folder: Path, kind: str) -> list[dict[str, Any]]:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [row for row in map(json.loads, lines) if row["kind"] == kind]
 
 
-def test_stopped_and_resumed_is_the_same_model(tmp_path: Path) -> None:
+def stop_after(steps: int, metrics: Path) -> None:
+    """SIGTERM to this process, as Slurm sends it, once so many steps are done."""
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < steps:
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture(scope="module")
+def one_ray() -> Iterator[None]:
+    start_ray()
+    yield
+    ray.shutdown()
+
+
+def test_stopped_and_resumed_is_the_same_model(tmp_path: Path, one_ray: None) -> None:
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    subprocess.run(prorl(tmp_path, "whole"), check=True, timeout=200, capture_output=True)
+    settings = {
+        name: load_pretraining(tmp_path / "recipe.yaml", [f"runs_dir={tmp_path}", f"name={name}"])
+        for name in ("whole", "parts")
+    }
+    console = Console()
+    assert pretrain(settings["whole"], console) == whole / "model"
 
-    process = subprocess.Popen(
-        prorl(tmp_path, "parts"), start_new_session=True, stdout=subprocess.DEVNULL
-    )
-    metrics, deadline = parts / "metrics.jsonl", time.monotonic() + 200
-    while time.monotonic() < deadline and process.poll() is None:
-        if metrics.exists() and len(rows(parts, "train")) >= 3:
-            os.kill(process.pid, signal.SIGTERM)
-            break
-        time.sleep(0.02)
-    assert process.wait(100) == 0
-    assert not (parts / "model").exists() and len(rows(parts, "train")) < 30
-    subprocess.run(prorl(tmp_path, "parts"), check=True, timeout=200, capture_output=True)
+    stopper = threading.Thread(target=stop_after, args=(3, parts / "metrics.jsonl"))
+    stopper.start()
+    assert pretrain(settings["parts"], console) is None
+    stopper.join()
+    assert not (parts / "model").exists() and 3 <= len(rows(parts, "train")) < 30
+    assert pretrain(settings["parts"], console) == parts / "model"
 
     losses = [[row["policy/loss"] for row in rows(f, "train")] for f in (whole, parts)]
     # fp32 on the same cores: what is saved is all there is, so not a bit differs.
