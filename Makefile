@@ -59,6 +59,7 @@ bench: setup
 	$(BIN)/python -m bench all --json bench/results
 
 # Every run of the study that has no result yet (docs/study.md); study-main: the main runs alone.
+.PHONY: study study-main
 study: setup
 	$(BIN)/prorl study recipes/study/study.yaml
 

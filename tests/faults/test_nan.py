@@ -70,7 +70,12 @@ def test_updates_are_skipped_until_a_reset_heals_the_reference(
     run = shutil.copytree(poisoned / "resets", tmp_path / "resets")
     before = len(rows_of(run))
     assert before < RESET
-    settings = [*SETTINGS, f"runs_dir={tmp_path}", "checkpoint.keep_last=20"]
+    settings = [
+        *SETTINGS,
+        f"runs_dir={tmp_path}",
+        "checkpoint.keep_last=20",
+        "policy.optimizer.max_skipped_updates=100",
+    ]
     with RealRun(settings, tmp_path / "log") as again:
         assert again.finish() == 0, again.output()
     skipped = {row["step"]: row["policy/skipped_updates"] for row in rows_of(run)}
