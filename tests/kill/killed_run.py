@@ -56,15 +56,20 @@ def overrides(runs_dir: Path, steps: int) -> list[str]:
     ]
 
 
-def strike(run: RealRun, phase: str, delay: float, target: str | None = None) -> str | None:
+def strike(
+    run: RealRun, phase: str, delay: float, target: str | None = None, latest: float = float("inf")
+) -> str | None:
     """SIGKILL `delay` seconds into a phase; the phase it was in, None if the run has ended.
 
     Args:
         target: the Ray actor whose process is killed; None: the whole run.
+        latest: the step by which it is killed in any case: on a fast machine a phase can be over
+            before it is seen.
     """
     deadline = time.monotonic() + 120
     while run.running:
-        if run.phase == phase or (phase == "writing" and run.writes()):
+        seen = run.phase == phase or (phase == "writing" and run.writes())
+        if seen or run.step() >= latest:
             time.sleep(delay)
             found = "writing" if run.writes() else run.phase
             if not run.running:
@@ -143,7 +148,7 @@ class KillTest:
             # two, unless the run would end before the last kill.
             late = run.step() * (self.kills + 1) > self.steps * (number + 1)
             time.sleep(0.0 if late else rng.choice([0.0, 2.0, 4.0]))
-            found = strike(run, phase, rng.uniform(0.0, 0.3))
+            found = strike(run, phase, rng.uniform(0.0, 0.3), latest=run.step() + 2)
         if found is None:
             return False
         saved = sorted(p.name for p in (run.folder / "checkpoints").glob("step_*"))
