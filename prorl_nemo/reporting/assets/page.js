@@ -67,7 +67,7 @@ const PANELS = {
 };
 const HERO = { title: "Validation", size: "tall", help: "Mean score; the band is two standard errors each side.",
   series: [{ key: "validation/mean", label: "mean score ± standard error", source: "validation", dots: true, error: "validation/stderr" }] };
-const NOT_A_TASK = new Set(["mean", "stderr", "samples", "truncated_share", "response_tokens_mean",
+const NOT_A_TASK = new Set(["mean", "stderr", "pass", "samples", "truncated_share", "response_tokens_mean",
   "best", "repetition_share"]);
 const NOT_A_CURVE = new Set(["step", "time", "stage", "time/step", "shaping/cosine_on"]);
 const FIRST_TASKS = 12;
