@@ -29,6 +29,15 @@ Overrides = Annotated[
 ]
 
 
+_Evaluations = Annotated[
+    list[Path] | None,
+    typer.Option(help="Folder of prorl eval on this step; may be given again."),
+]
+_Licence = Annotated[
+    str | None, typer.Option("--license", help="As the hub writes it; default: the base's.")
+]
+
+
 @app.command()
 def train(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Train, or resume where the run stopped."""
@@ -186,13 +195,8 @@ def export(
     step: Annotated[
         str | None, typer.Option(help="Of which checkpoint: last (default), best, or a step.")
     ] = None,
-    evaluation: Annotated[
-        list[Path] | None,
-        typer.Option(help="Folder of prorl eval on this step; may be given again."),
-    ] = None,
-    licence: Annotated[
-        str | None, typer.Option("--license", help="As the hub writes it; default: the base's.")
-    ] = None,
+    evaluation: _Evaluations = None,
+    licence: _Licence = None,
     self_check: Annotated[
         bool, typer.Option("--self-check", help="Load it in transformers and vLLM, and compare.")
     ] = False,
@@ -224,13 +228,8 @@ def publish(
     ] = None,
     tag: Annotated[str | None, typer.Option(help="Revision; default: step-NNNNNN.")] = None,
     public: Annotated[bool, typer.Option("--public", help="For everybody to see.")] = False,
-    evaluation: Annotated[
-        list[Path] | None,
-        typer.Option(help="Folder of prorl eval on this step; may be given again."),
-    ] = None,
-    licence: Annotated[
-        str | None, typer.Option("--license", help="As the hub writes it; default: the base's.")
-    ] = None,
+    evaluation: _Evaluations = None,
+    licence: _Licence = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print every file and the card; send nothing.")
     ] = False,
