@@ -2,8 +2,9 @@
 
 Lengths are log-normal with a mean of a third of the limit, cut at the limit: responses of a
 reasoning run. Padded means that every response is as long as the longest of the batch and all of
-it is computed, output head included, as trainers without packing do. Both go through the same
-trainer with the same token budget; what differs is the padding alone.
+it is computed, output head included, as trainers without packing do. A second padded baseline
+leaves the head out where there is padding, as no trainer that we know does. All go through the
+same trainer with the same token budget; what differs is the padding alone.
 """
 
 from __future__ import annotations
@@ -13,20 +14,24 @@ import multiprocessing
 import random
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from prorl_nemo.recipe import Recipe
 from prorl_nemo.training.batch import StepSettings, TrainingBatch
 
 LIMIT, PROMPT, SEQUENCES, SPREAD = 512, 32, 24, 0.8
+PACKED, PADDED, WITHOUT_HEAD = "packed", "padded", "padded, head on real tokens only"
 
 
 def measure(recipe: Recipe, model: Path) -> dict[str, Any]:
-    """Figures of both, each in a process of its own."""
-    seconds = {name: _in_own_process(name, recipe, model) for name in ("packed", "padded")}
+    """Figures of all three, each in a process of its own."""
+    names = (PACKED, PADDED, WITHOUT_HEAD)
+    seconds = {name: _in_own_process(name, recipe, model) for name in names}
     lengths = response_lengths()
     tokens = sum(lengths) + PROMPT * SEQUENCES
     return {
@@ -37,7 +42,7 @@ def measure(recipe: Recipe, model: Path) -> dict[str, Any]:
         "padded_tokens": (max(lengths) + PROMPT) * SEQUENCES,
         "seconds": seconds,
         "tokens_per_second": {name: tokens / taken for name, taken in seconds.items()},
-        "speedup": seconds["padded"] / seconds["packed"],
+        "speedup": {name: seconds[name] / seconds[PACKED] for name in names[1:]},
     }
 
 
@@ -65,11 +70,16 @@ def _in_own_process(name: str, recipe: Recipe, model: Path) -> float:
 def _measure(connection: Any, name: str, recipe: Recipe, model: Path) -> None:
     from prorl_nemo.megatron.policy_worker import PolicyWorker
 
+    class WithoutHead(PolicyWorker):
+        def _rows(self, batch: TrainingBatch, groups: range) -> list[Any]:
+            return _rows_without_head(batch, groups, recipe.policy.tokens_per_microbatch)
+
+    kind = WithoutHead if name == WITHOUT_HEAD else PolicyWorker
     lengths = response_lengths()
-    if name == "padded":
+    if name == PADDED:
         lengths = [max(lengths)] * SEQUENCES
     with tempfile.TemporaryDirectory() as folder:
-        worker = PolicyWorker(recipe, model, 0, 1, f"file://{folder}/rendezvous")
+        worker = kind(recipe, model, 0, 1, f"file://{folder}/rendezvous")
         batch = _batch(lengths)
         settings = StepSettings(0.0, 0.2, 0.28, minibatches=1)
         shortest = int(np.argmin(lengths))
@@ -95,3 +105,33 @@ def _batch(lengths: list[int]) -> TrainingBatch:
         old_logprobs=figures,
         reference_logprobs=figures,
     )
+
+
+def _rows_without_head(batch: TrainingBatch, groups: range, budget: int) -> list[Any]:
+    """Rows of sequences of one length, in the batch's order, whose padding is no target."""
+    from prorl_nemo.megatron.packing import build_row
+
+    items = batch.items(groups, shared_prompts=False)
+    longest = max(item.tokens for item in items)
+    per_row = max(1, budget // longest)
+    rows = []
+    for start in range(0, len(items), per_row):
+        part = items[start : start + per_row]
+        lengths = tuple(len(item.responses[0]) for item in part)
+        whole = [len(item.responses[0]) + longest - item.tokens for item in part]
+        padded = [
+            replace(item, responses=[np.pad(item.responses[0], (0, n - len(item.responses[0])))])
+            for item, n in zip(part, whole, strict=True)
+        ]
+        row = build_row(padded, batch.temperature)
+        real = torch.cat([torch.arange(n) < k for n, k in zip(whole, lengths, strict=True)])
+        rows.append(
+            replace(
+                row,
+                hidden_index=row.hidden_index[real],
+                targets=row.targets[real],
+                target_index=torch.arange(sum(lengths)),
+                sample_lengths=lengths,
+            )
+        )
+    return rows

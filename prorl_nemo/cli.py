@@ -285,7 +285,12 @@ def evaluate(
     engines: Annotated[
         int | None, typer.Option(min=1, help="vLLM engines; default: one a GPU, one on CPU.")
     ] = None,
-    precision: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
+    precision: Annotated[
+        str | None, typer.Option(help="bf16 or fp32; default: bf16 on GPUs, fp32 on CPU.")
+    ] = None,
+    batch_invariant: Annotated[
+        bool, typer.Option(help="Results do not depend on the number of engines; without, faster.")
+    ] = True,
     max_sequences: Annotated[
         int, typer.Option(min=1, help="Responses an engine computes at once.")
     ] = 256,
@@ -333,7 +338,7 @@ def evaluate(
         _check_sandbox(sandbox, allow_unsafe)
         if sum(chosen is not None for chosen in (model, regrade, compare)) != 1:
             raise UserError("prorl eval: give a MODEL, or --regrade DIR, or --compare DIR DIR")
-        if precision not in ("bf16", "fp32"):
+        if precision not in ("bf16", "fp32", None):
             raise UserError(f"--precision: {precision!r} is none; use bf16 or fp32")
         from prorl_nemo.evaluation.suite import DEFINITIONS, Changes
         from prorl_nemo.harness.outputs import show_comparison, show_results
@@ -375,7 +380,13 @@ def evaluate(
             seed=seed,
             definitions=where,
             engines=EngineOptions(
-                engines, precision, max_sequences, engine_threads, kv_cache_mib, gpu_memory_share
+                engines,
+                precision,
+                batch_invariant,
+                max_sequences,
+                engine_threads,
+                kv_cache_mib,
+                gpu_memory_share,
             ),
             served_model=served_model,
             concurrency=concurrency,

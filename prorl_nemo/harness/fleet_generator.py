@@ -22,19 +22,22 @@ _NO_LIMIT = 1 << 40
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Engines of an evaluation; only precision changes what is computed.
+    """Engines of an evaluation; only precision and batch_invariant change what is computed.
 
     Attributes:
         engines: processes, on GPUs one GPU each; None: one for each GPU, one on CPU.
-        precision: bf16 or fp32. In fp32 a sample does not depend on what is computed beside it,
-            as far as we have seen; in bf16 roundings do.
+        precision: bf16 or fp32; None: bf16 on GPUs, fp32 on CPU.
+        batch_invariant: a sample does not depend on what is computed beside it, so the number of
+            engines changes nothing. On GPUs by vLLM's kernels for it, on CPU by fp32, where
+            roundings are too small to be met (bf16 is refused then).
         max_sequences: requests computed at once by an engine.
         threads: CPU threads of an engine; None: the cores divided by the engines.
         kv_cache_mib: None: 512 on CPU, `gpu_memory_share` on a GPU.
     """
 
     engines: int | None = None
-    precision: str = "bf16"
+    precision: str | None = None
+    batch_invariant: bool = True
     max_sequences: int = 256
     threads: int | None = None
     kv_cache_mib: int | None = None
@@ -82,30 +85,24 @@ class FleetGenerator:
                 f"of {longest_prompt} exceed the model's context of {context}; use --max-tokens "
                 f"{max(1, context - longest_prompt)} or less (the result then names it)"
             )
-        # Engines, and the Megatron that a session imports, take seconds to import.
-        import ray
-
+        # Engines take seconds to import.
         from prorl_nemo.rollout.engine_settings import EngineSettings
         from prorl_nemo.rollout.fleet import Fleet
-        from prorl_nemo.training.session import start_ray
 
-        if not ray.is_initialized():
-            start_ray()
-            self._stack.callback(ray.shutdown)
-        # Of the cluster, which may have some where this process has none.
-        gpus = int(ray.cluster_resources().get("GPU", 0))
-        options = self._options
+        gpus = self._gpus()
+        options, precision = self._options, self._precision()
         count = options.engines or max(1, gpus)
         if gpus and count > gpus:
             raise UserError(f"--engines: {count} engines need a GPU each; there are {gpus}")
         cache = options.kv_cache_mib or (None if gpus else 512)
         settings = EngineSettings(
             model=str(self.folder),
-            dtype={"bf16": "bfloat16", "fp32": "float32"}[options.precision],
+            dtype={"bf16": "bfloat16", "fp32": "float32"}[precision],
             max_model_len=length,
             max_sequences=options.max_sequences,
             kv_cache_bytes=cache and cache << 20,
             gpu_memory_share=options.gpu_memory_share,
+            batch_invariant=bool(gpus) and options.batch_invariant,
             threads=options.threads or (None if gpus else max(1, (os.cpu_count() or 1) // count)),
         )
         place = {"num_cpus": 0} | ({"num_gpus": 1} if gpus else {})
@@ -149,7 +146,33 @@ class FleetGenerator:
         return answers
 
     def settings(self) -> dict[str, Any]:
-        return {"kind": "fleet", "precision": self._options.precision}
+        return {
+            "kind": "fleet",
+            "precision": self._precision(),
+            "batch_invariant": self._options.batch_invariant,
+        }
+
+    def _precision(self) -> str:
+        """Raises UserError where it cannot be batch-invariant."""
+        chosen = self._options.precision or ("bf16" if self._gpus() else "fp32")
+        if self._options.batch_invariant and chosen == "bf16" and not self._gpus():
+            raise UserError(
+                "--precision: in bf16 on CPU a response depends on what is computed beside it, so "
+                "results would change with the number of engines; leave it out (fp32), or add "
+                "--no-batch-invariant"
+            )
+        return chosen
+
+    def _gpus(self) -> int:
+        """GPUs of the cluster, which may have some where this process has none."""
+        import ray
+
+        from prorl_nemo.training.session import start_ray
+
+        if not ray.is_initialized():
+            start_ray()
+            self._stack.callback(ray.shutdown)
+        return int(ray.cluster_resources().get("GPU", 0))
 
     def close(self) -> None:
         self._stack.close()

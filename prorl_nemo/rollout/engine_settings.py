@@ -26,6 +26,8 @@ class EngineSettings:
         fp32_head: multiply by the output head in fp32, as the trainer does.
         threads: CPU threads; None: all cores.
         sleep: allow `VllmEngine.sleep` (GPU).
+        batch_invariant: a response does not depend on what is computed beside it (GPU, vLLM's
+            own kernels for it; slower).
     """
 
     model: str
@@ -37,6 +39,7 @@ class EngineSettings:
     fp32_head: bool = True
     threads: int | None = None
     sleep: bool = False
+    batch_invariant: bool = False
 
     @classmethod
     def from_recipe(
@@ -77,6 +80,8 @@ class EngineSettings:
             # Idle OpenMP threads sleep: trainer and graders use the same cores in turn.
             "OMP_WAIT_POLICY": "PASSIVE",
         }
+        if self.batch_invariant:
+            variables["VLLM_BATCH_INVARIANT"] = "1"
         if self.threads:
             variables["OMP_NUM_THREADS"] = str(self.threads)
         return variables

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from prorl_nemo.harness.fleet_generator import EngineOptions, FleetGenerator
 from prorl_nemo.harness.generator import CannotAsk, chat
 from prorl_nemo.harness.model import find_model, folder_sha256
 from prorl_nemo.harness.view import EvaluationView
+from prorl_nemo.rollout.engine_settings import EngineSettings
 from prorl_nemo.strict_yaml import dump_yaml
 from prorl_nemo.tiny_model import tiny_model
 
@@ -119,6 +121,51 @@ def test_a_template_that_opens_a_thought_is_noticed(tmp_path: Path) -> None:
     sampling = Sampling(temperature=1.0, top_p=1.0, max_tokens=8)
     generator = FleetGenerator(folder, sampling, EngineOptions(), lambda name, details: None)
     assert generator.render(chat(None, "1 + 1?")).thinking
+
+
+@pytest.mark.parametrize(
+    ("gpus", "precision", "batch_invariant", "chosen"),
+    [
+        (0, None, True, "fp32"),
+        (0, None, False, "fp32"),
+        (0, "bf16", False, "bf16"),
+        (8, None, True, "bf16"),
+        (8, "fp32", True, "fp32"),
+    ],
+)
+def test_the_precision_is_one_in_which_the_number_of_engines_changes_nothing(
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    gpus: int,
+    precision: str | None,
+    batch_invariant: bool,
+    chosen: str,
+) -> None:
+    monkeypatch.setattr(FleetGenerator, "_gpus", lambda self: gpus)
+    options = EngineOptions(precision=precision, batch_invariant=batch_invariant)
+    sampling = Sampling(temperature=1.0, top_p=1.0, max_tokens=8)
+    generator = FleetGenerator(model, sampling, options, lambda name, details: None)
+    assert generator.settings() == {
+        "kind": "fleet", "precision": chosen, "batch_invariant": batch_invariant,
+    }  # fmt: skip
+
+
+def test_bf16_on_cpu_is_refused_unless_its_dependence_is_accepted(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FleetGenerator, "_gpus", lambda self: 0)
+    sampling = Sampling(temperature=1.0, top_p=1.0, max_tokens=8)
+    options = EngineOptions(precision="bf16")
+    generator = FleetGenerator(model, sampling, options, lambda name, details: None)
+    with pytest.raises(UserError, match="--no-batch-invariant"):
+        generator.settings()
+
+
+def test_batch_invariant_kernels_are_asked_for_where_they_are_wanted() -> None:
+    """In the environment, as vLLM reads it when it is imported."""
+    plain = EngineSettings("model", "bfloat16", 64)
+    assert "VLLM_BATCH_INVARIANT" not in plain.environment()
+    assert replace(plain, batch_invariant=True).environment()["VLLM_BATCH_INVARIANT"] == "1"
 
 
 def test_what_a_command_changes_is_in_the_label() -> None:

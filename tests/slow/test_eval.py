@@ -75,9 +75,9 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 def test_killed_and_resumed_it_equals_one_on_two_engines_that_was_not(
     definitions: Path, tmp_path: Path
 ) -> None:
-    """In fp32, where a sample does not depend on what is computed beside it."""
+    """As evaluations are by default: what is computed beside a sample does not change it."""
     out, whole = tmp_path / "killed", tmp_path / "whole"
-    options = {"--protocol": "tiny", "--precision": "fp32", "--kv-cache-mib": "64",
+    options = {"--protocol": "tiny", "--kv-cache-mib": "64",
                "--max-sequences": str(AT_ONCE), "--workers": "1", "--engines": "1"}  # fmt: skip
     arguments = [part for pair in options.items() for part in pair]
     command = [sys.executable, "-m", "prorl_nemo.cli", "eval", "tiny-arithmetic", *arguments,
@@ -102,11 +102,11 @@ def test_killed_and_resumed_it_equals_one_on_two_engines_that_was_not(
     kept = kept[: kept.rfind(b"\n") + 1]
     assert 8 <= kept.count(b"\n") < ITEMS * SAMPLES, output
 
-    def engines(count: int) -> EngineOptions:
-        return EngineOptions(count, "fp32", AT_ONCE, 1, 64)
+    def engines(count: int, at_once: int) -> EngineOptions:
+        return EngineOptions(count, max_sequences=at_once, threads=1, kv_cache_mib=64)
 
     request = Request(
-        "tiny-arithmetic", "tiny", out=out, definitions=definitions, engines=engines(1), workers=1
+        "tiny-arithmetic", "tiny", out=out, definitions=definitions, engines=engines(1, AT_ONCE), workers=1
     )
     resumed = evaluate(request, Console(quiet=True))
     assert resumed.results is not None
@@ -115,7 +115,7 @@ def test_killed_and_resumed_it_equals_one_on_two_engines_that_was_not(
     assert resumed.times.samples <= ITEMS * SAMPLES - kept.count(b"\n")
 
     request = Request(
-        "tiny-arithmetic", "tiny", out=whole, definitions=definitions, engines=engines(2), workers=1
+        "tiny-arithmetic", "tiny", out=whole, definitions=definitions, engines=engines(2, 7), workers=1
     )
     undisturbed = evaluate(request, Console(quiet=True))
     assert rows(out) == rows(whole)
