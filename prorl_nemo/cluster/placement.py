@@ -158,6 +158,11 @@ class Placement:
         assignment = self.assignment
         return max(assignment.neighbours(assignment.engines, e) for e in assignment.engines)
 
+    @property
+    def one_machine(self) -> bool:
+        """Whether all ranks and engines share a node, and so its memory."""
+        return len(set(self.assignment.bundles)) == 1
+
     def check(self) -> None:
         """Raises NodeLost if a node of the run answers no more."""
         lost = set(self._hosts) - set(answering(self._hosts))

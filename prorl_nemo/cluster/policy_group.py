@@ -44,6 +44,7 @@ class _RankActor:
         self.worker: Any = None
         self.store: Any = None
         self.shared: list[Any] = []
+        self.memory: Any = None
 
     def address(self) -> str:
         """Where the ranks meet: a store of this process, on a port that was free when it began."""
@@ -70,17 +71,20 @@ class _RankActor:
         """Host and process id. Answers while the rank computes, not when it is stopped or gone."""
         return socket.gethostname(), os.getpid()
 
-    def weights(self, transfer: str) -> Iterator[Any]:
+    def weights(self, transfer: str, one_machine: bool) -> Iterator[Any]:
         """Buckets of this rank's pieces, or whole ones from the first that shares a matrix."""
         from prorl_nemo.rollout.broadcast_weights import broadcast_buckets
         from prorl_nemo.rollout.cuda_weights import share_buckets
+        from prorl_nemo.rollout.shared_weights import SharedWeights
         from prorl_nemo.rollout.weights import bucket_bytes, pack_buckets
 
         worker, rollout = self.worker, self.arguments[0].rollout
         limit = bucket_bytes(worker.weight_bytes)
         if transfer == "host":
-            pieces = worker.export_pieces()
-            yield from pack_buckets(pieces, limit=limit, first=worker.publishes)
+            if one_machine:
+                self.memory = self.memory or SharedWeights()
+            pack = self.memory.pack_buckets if one_machine else pack_buckets
+            yield from pack(worker.export_pieces(), limit=limit, first=worker.publishes)
         elif not worker.publishes:
             deque(worker.export_weights(), maxlen=0)
         elif transfer == "broadcast":
@@ -121,6 +125,7 @@ class PolicyGroup:
         self._processes: list[psutil.Process] = []
         self._stages: dict[int, list[Any]] = {}
         self._last_parts: dict[int, tuple[Any, ...]] = {}
+        self._one_machine = placement.one_machine if placement else len(ray.nodes()) == 1
         self._ranks = []
         for rank in range(recipe.policy.ranks):
             options = placement.rank_options(rank) if placement else {"num_cpus": 0}
@@ -217,7 +222,10 @@ class PolicyGroup:
                 if stage is not None:
                     self._stages.setdefault(stage, []).append(rank)
         stages = [
-            [rank.weights.options(num_returns="streaming").remote(transfer) for rank in ranks]
+            [
+                rank.weights.options(num_returns="streaming").remote(transfer, self._one_machine)
+                for rank in ranks
+            ]
             for _, ranks in sorted(self._stages.items())
         ]
         self._last_parts.clear()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -107,11 +107,18 @@ class WeightBucket:
             raise ValueError("a rank sent more pieces than the first")
 
 
+def host_array(tensor: torch.Tensor, dtype: torch.dtype) -> np.ndarray:
+    """A tensor of any device as an array, bf16 as 16-bit patterns; copied only if it must be."""
+    host = tensor.to(device="cpu", dtype=dtype).contiguous()
+    return host.view(torch.int16).numpy() if dtype == torch.bfloat16 else host.numpy()
+
+
 def pack_buckets(
     pieces: Iterable[Piece | tuple[str, torch.Tensor]],
     dtype: torch.dtype | None = None,
     limit: int = BUCKET_BYTES[1],
     first: bool = True,
+    keep: Callable[[torch.Tensor, torch.dtype], Any] = host_array,
 ) -> Iterator[WeightBucket]:
     """Group a stream of tensors into buckets of about `limit` bytes, in the given order.
 
@@ -121,20 +128,21 @@ def pack_buckets(
         limit: a larger tensor gets a bucket of its own.
         first: whether this is the first of the ranks that hold pieces. It alone packs what all
             of them have whole; the buckets of all ranks begin with the same tensor.
+        keep: makes of a tensor, as the engine's type, what stands for it in its `Entry`.
     """
     entries: list[Entry] = []
     size = 0
     for piece in pieces:
         name, tensor, dim, whole = Piece(*piece)
-        host = tensor.detach().to(device="cpu", dtype=dtype or tensor.dtype).contiguous()
-        array = host.view(torch.int16).numpy() if host.dtype == torch.bfloat16 else host.numpy()
-        if size and size + array.nbytes > limit:
+        kind = dtype or tensor.dtype
+        nbytes = tensor.numel() * kind.itemsize
+        if size and size + nbytes > limit:
             yield WeightBucket(tuple(entries))
             entries, size = [], 0
         if first or dim is not None:
-            kind = str(host.dtype).removeprefix("torch.")
-            entries.append(Entry(name, kind, array, dim, whole))
-        size += array.nbytes
+            shown = str(kind).removeprefix("torch.")
+            entries.append(Entry(name, shown, keep(tensor.detach(), kind), dim, whole))
+        size += nbytes
     if size:
         yield WeightBucket(tuple(entries))
 

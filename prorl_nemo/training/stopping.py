@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -45,7 +46,7 @@ class StopWatch:
         # Of the monotonic clock: that of the wall may be set while the run goes on.
         self._deadline = None if seconds_left is None else time.monotonic() + seconds_left
         self._ends: float | None = None
-        self._out_of_time = False
+        self._last_resort: threading.Timer | None = None
 
     def should_stop(self, save_seconds: float) -> str | None:
         """A reason to stop now, given how long saving takes; or None."""
@@ -72,6 +73,8 @@ class StopWatch:
             yield
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
+            if self._last_resort:
+                self._last_resort.cancel()
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -82,16 +85,19 @@ class StopWatch:
         elif not self.reason:
             last = LAST_MOMENTS * self.stop_seconds
             self._ends = time.monotonic() + self.stop_seconds - 2 * last
-            signal.setitimer(signal.ITIMER_REAL, self.stop_seconds - last, last)
+            signal.setitimer(signal.ITIMER_REAL, self.stop_seconds - last)
+            # A thread: the main one takes no signal while Ray waits for a process that is hung.
+            self._last_resort = threading.Timer(self.stop_seconds, self._end)
+            self._last_resort.daemon = True
+            self._last_resort.start()
         self.reason = self.reason or signal.Signals(number).name
 
     def _alarm(self, number: int, frame: FrameType | None) -> None:
-        if self._out_of_time:
-            print(f"ended {self.stop_seconds:.0f} s after {self.reason}", file=sys.stderr)
-            sys.stderr.flush()
-            os._exit(3)
-        self._out_of_time = True
         raise OutOfTime(self.reason)
+
+    def _end(self) -> None:
+        print(f"ended {self.stop_seconds:.0f} s after {self.reason}", file=sys.stderr, flush=True)
+        os._exit(3)
 
 
 def seconds_left(hours: float | None, environment: Mapping[str, str]) -> float | None:

@@ -43,7 +43,8 @@ ROOMS: dict[str, set[str]] = {
     "megatron": VOCABULARY | {"algorithms", "training.batch", "rollout.weights"},
     "rollout": VOCABULARY | {"algorithms"},
     "cluster": VOCABULARY
-    | {"megatron", "training.batch", "rollout.weights", "rollout.cuda_weights"}
+    | {"megatron", "training.batch"}
+    | {f"rollout.{name}" for name in ("weights", "cuda_weights", "shared_weights")}
     | {"rollout.broadcast_weights"}
     # What a node must show: memory as a run counts it, a sandbox that holds.
     | {"rewards", "training.host_memory"},

@@ -56,17 +56,15 @@ def test_out_of_time_is_raised_before_the_time_is_over(monkeypatch: pytest.Monke
 
 
 def test_a_process_that_does_not_end_is_ended() -> None:
-    """Stuck even after OutOfTime: as in a call that never returns."""
+    """Stuck in a call that neither returns nor lets Python take a signal: a lock taken twice."""
     program = (
-        "import os, signal, time\n"
-        "from prorl_nemo.training.stopping import OutOfTime, StopWatch\n"
+        "import ctypes, os, signal\n"
+        "from prorl_nemo.training.stopping import StopWatch\n"
         "with StopWatch(1.0).listening():\n"
-        "    try:\n"
-        "        os.kill(os.getpid(), signal.SIGTERM)\n"
-        "        time.sleep(60)\n"
-        "    except OutOfTime:\n"
-        "        while True:\n"
-        "            time.sleep(60)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    mutex = ctypes.create_string_buffer(64)\n"
+        "    for _ in range(2):\n"
+        "        ctypes.CDLL(None).pthread_mutex_lock(mutex)\n"
     )
     run = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=False

@@ -144,10 +144,12 @@ class KillTest:
         with self.start("killed") as run:
             while run.running and run.phase not in PHASES:
                 time.sleep(0.02)
-            # Some kills at once, so that the same step is struck twice; others after a step or
-            # two, unless the run would end before the last kill.
-            late = run.step() * (self.kills + 1) > self.steps * (number + 1)
-            time.sleep(0.0 if late else rng.choice([0.0, 2.0, 4.0]))
+            # Some kills at once, so that the same step is struck twice; others after some steps,
+            # unless none would be left for the last kills.
+            last = self.steps * (number + 1) // (self.kills + len(ACTORS) + 1)
+            wanted = min(run.step() + rng.choice([0, 2, 4]), last)
+            while run.running and run.step() < wanted:
+                time.sleep(0.01)
             found = strike(run, phase, rng.uniform(0.0, 0.3), latest=run.step() + 2)
         if found is None:
             return False
@@ -228,7 +230,7 @@ def killed_run(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=12)
-    parser.add_argument("--steps", type=int, default=45)
+    parser.add_argument("--steps", type=int, default=90)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--folder", type=Path, required=True, help="for both runs")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="of this call, at most")

@@ -106,7 +106,12 @@ def test_killed_and_resumed_it_equals_one_on_two_engines_that_was_not(
         return EngineOptions(count, max_sequences=at_once, threads=1, kv_cache_mib=64)
 
     request = Request(
-        "tiny-arithmetic", "tiny", out=out, definitions=definitions, engines=engines(1, AT_ONCE), workers=1
+        "tiny-arithmetic",
+        "tiny",
+        out=out,
+        definitions=definitions,
+        engines=engines(1, AT_ONCE),
+        workers=1,
     )
     resumed = evaluate(request, Console(quiet=True))
     assert resumed.results is not None
@@ -115,7 +120,12 @@ def test_killed_and_resumed_it_equals_one_on_two_engines_that_was_not(
     assert resumed.times.samples <= ITEMS * SAMPLES - kept.count(b"\n")
 
     request = Request(
-        "tiny-arithmetic", "tiny", out=whole, definitions=definitions, engines=engines(2, 7), workers=1
+        "tiny-arithmetic",
+        "tiny",
+        out=whole,
+        definitions=definitions,
+        engines=engines(2, 7),
+        workers=1,
     )
     undisturbed = evaluate(request, Console(quiet=True))
     assert rows(out) == rows(whole)

@@ -1,0 +1,111 @@
+"""Weights through a memory file: what an engine maps is what the rank wrote, update after update."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+from typing import Any
+
+import pytest
+import torch
+
+from prorl_nemo.rollout import shared_weights
+from prorl_nemo.rollout.shared_weights import SharedBucket, SharedWeights
+from prorl_nemo.rollout.weights import Piece, WeightBucket
+
+
+def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "a": torch.randn(7, 5, generator=generator),
+        "b": torch.randn(300, generator=generator).to(torch.bfloat16),
+        "c": torch.randn(4, 6, generator=generator).t(),
+        "d": torch.randn((), generator=generator),
+    }
+
+
+def received(bucket: SharedBucket) -> WeightBucket:
+    """As it is after its way through Ray."""
+    found: WeightBucket = pickle.loads(pickle.dumps(bucket))
+    return found
+
+
+@pytest.mark.parametrize("limit", [1, 200, 1 << 20])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_every_update_arrives_in_the_same_file(limit: int, dtype: torch.dtype | None) -> None:
+    weights = SharedWeights()
+    for update in range(3):
+        source = tensors(update)
+        buckets = list(weights.pack_buckets(source.items(), dtype, limit))
+        arrived = [entry for bucket in buckets for entry in received(bucket).tensors()]
+        assert [name for name, _ in arrived] == list(source)
+        for name, tensor in arrived:
+            assert torch.equal(tensor, source[name].to(dtype or source[name].dtype))
+    assert len({bucket.file for bucket in buckets}) == 1
+    assert shared_weights._mapped.cache_info().currsize >= 1
+
+
+def test_a_file_that_grew_shows_what_was_there_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_weights, "_ROOM", 1024)
+    weights, source = SharedWeights(), {f"t{i}": torch.full((200,), float(i)) for i in range(9)}
+    buckets = list(weights.pack_buckets(source.items(), limit=800))
+    assert len({bucket.file.size for bucket in buckets}) > 1
+    for bucket in buckets:
+        for name, tensor in received(bucket).tensors():
+            assert torch.equal(tensor, source[name])
+
+
+def test_pieces_of_two_ranks_join() -> None:
+    whole, norm = torch.arange(24.0).view(6, 4), torch.ones(3)
+    parts = []
+    ranks = [SharedWeights(), SharedWeights()]
+    for rank, weights in enumerate(ranks):
+        pieces = [Piece("w", whole.chunk(2, 1)[rank], 1), Piece("norm", norm)]
+        parts.append(received(*weights.pack_buckets(pieces, first=rank == 0)))
+    found = dict(parts[0].tensors(parts[1]))
+    assert list(found) == ["w", "norm"]
+    assert torch.equal(found["w"], whole)
+
+
+def test_a_receiver_cannot_write() -> None:
+    weights = SharedWeights()
+    bucket = received(*weights.pack_buckets(tensors().items()))
+    with pytest.raises(ValueError, match="read-only"):
+        bucket.entries[0].array[0, 0] = 1.0
+
+
+def test_another_process_reads_and_a_file_that_is_gone_is_named() -> None:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_sender, args=(theirs,))
+    process.start()
+    data = ours.recv_bytes()
+    found = dict(pickle.loads(data).tensors())
+    for name, tensor in tensors().items():
+        assert torch.equal(found[name], tensor)
+    shared_weights._mapped.cache_clear()
+    ours.send(None)
+    process.join()
+    # What is mapped stays.
+    assert torch.equal(found["a"], tensors()["a"])
+    with pytest.raises(ValueError, match=f"weights of process {process.pid}: No such"):
+        pickle.loads(data)
+
+
+def test_a_descriptor_that_means_another_file_now_is_refused() -> None:
+    weights = SharedWeights()
+    (bucket,) = weights.pack_buckets(tensors().items())
+    other = os.memfd_create("other")
+    os.dup2(other, bucket.file.descriptor)
+    shared_weights._mapped.cache_clear()
+    with pytest.raises(ValueError, match="other ones now"):
+        received(bucket)
+    os.close(other)
+
+
+def _sender(connection: Any) -> None:
+    weights = SharedWeights()
+    (bucket,) = weights.pack_buckets(tensors().items())
+    connection.send_bytes(pickle.dumps(bucket))
+    connection.recv()
