@@ -1,4 +1,4 @@
-"""Weights through a memory file: what an engine maps is what the rank wrote, update after update."""
+"""Weights through a memory file: an engine maps what the rank wrote, update after update."""
 
 from __future__ import annotations
 
