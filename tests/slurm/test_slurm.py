@@ -227,8 +227,9 @@ def test_gives_up_without_progress(slurm: Slurm, tmp_path: Path) -> None:
     job = Job(slurm, tmp_path, "checkpoint.interval=1000", PRORL_MAX_STALLED="2")
 
     def killed(attempt: int) -> bool:
-        for process in psutil.process_iter(["cmdline"]):
-            if "train" in (line := process.info["cmdline"] or []) and "prorl_nemo.cli" in line:
+        for process in psutil.process_iter():
+            # Of this test's job alone: others may be training on this machine.
+            if _of_a_job(process, slurm) and "prorl_nemo.cli" in process.info["cmdline"]:
                 process.kill()
         return (tmp_path / f"logs/two-nodes/{job.id}.{attempt}/status").exists()
 
