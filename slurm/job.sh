@@ -103,6 +103,7 @@ attempt() {
   export PRORL_NODES SLURM_JOB_END_TIME
   say "attempt ${SLURM_RESTART_COUNT:-0} on $PRORL_NODES; logs: $folder"
   trap 'stopped=time; touch "$folder/stop"; say "asked to save and end"' USR1
+  [[ $stopped == time ]] && touch "$folder/stop"
   trap 'stopped=cancelled; say "cancelled or preempted"' TERM
   in_job "--nodes=$SLURM_JOB_NUM_NODES" "--ntasks=$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --overlap \
     --kill-on-bad-exit=0 --wait=0 "--output=${folder//%/%%}/node_%n.log" --open-mode=append \
