@@ -36,6 +36,13 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 # The base constrains pip to its own torch.
 ENV PIP_CONSTRAINT=""
+# The base's own torch must not be found by ours, nor by what is compiled against ours.
+ENV LD_LIBRARY_PATH=/usr/local/cuda/compat/lib:/usr/local/nvidia/lib:/usr/local/nvidia/lib64
+# Ubuntu's Python makes no environment without python3-venv, which the base may lack.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends python3-venv \
+    && rm -rf /var/lib/apt/lists/*
 COPY requirements /tmp/requirements
 # torch first: Transformer Engine's extension is compiled against it, for Hopper and Blackwell.
 RUN python3 -m venv /opt/prorl \
@@ -53,16 +60,16 @@ FROM ${GPU_BASE} AS gpu
 # takes its place (docs/rewards.md).
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends bubblewrap \
+    && apt-get install --yes --no-install-recommends bubblewrap python3-venv \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 10001 prorl
 COPY --from=environment /opt/prorl /opt/prorl
 COPY --chown=prorl . /opt/prorl_nemo
 RUN /opt/prorl/bin/pip install --no-cache-dir --no-deps --no-build-isolation \
-      --editable /opt/prorl_nemo \
-    && rm -rf /opt/prorl_nemo/.git
+      --editable /opt/prorl_nemo
 # hadolint ignore=DL3064
 ENV PATH=/opt/prorl/bin:${PATH} \
+    LD_LIBRARY_PATH=/usr/local/cuda/compat/lib:/usr/local/nvidia/lib:/usr/local/nvidia/lib64 \
     PIP_CONSTRAINT="" \
     TOKENIZERS_PARALLELISM=false \
     VLLM_NO_USAGE_STATS=1 \

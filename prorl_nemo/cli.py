@@ -456,7 +456,7 @@ def data_build(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 @contextmanager
 def _errors() -> Iterator[None]:
-    """A user's mistake is one message and exit status 2; anything else keeps its traceback."""
+    """A user's mistake is one message and its exit status; anything else keeps its traceback."""
     try:
         yield
     except UserError as error:
@@ -465,7 +465,7 @@ def _errors() -> Iterator[None]:
         Console(stderr=True).print(
             Text.assemble(("error", "bold red"), " ", message), soft_wrap=True
         )
-        raise typer.Exit(2) from None
+        raise typer.Exit(error.status) from None
 
 
 # What a message quotes must not steer the terminal.

@@ -1,9 +1,9 @@
 """`--tiny`: a recipe made small enough for two CPU cores, to prove what does not depend on size.
 
-A random model of the same family takes the model's place, an axis of the layout keeps at most two
-ranks, responses have some tokens, and data that was not built is made up, one small task of each
-domain. Algorithm, shaping, stages, reset rules, precision and graders stay the recipe's. FP8 and
-kernels that need a GPU are left out, and said to be.
+A random model of the same family takes the model's place; tensor, pipeline and context parallelism
+keep at most two ranks, data parallelism one; responses have some tokens, and data that was not
+built is made up, one small task of each domain. Algorithm, shaping, stages, reset rules, precision
+and graders stay the recipe's. FP8 and kernels that need a GPU are left out, and said to be.
 """
 
 from __future__ import annotations

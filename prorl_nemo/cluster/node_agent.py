@@ -36,7 +36,9 @@ from prorl_nemo.cluster.ray_node import (
     own_address,
     ray_environment,
     ray_part,
+    short_temporary,
 )
+from prorl_nemo.errors import UserError
 
 NODE_LOST, NODE_REFUSED, NOT_JOINED = 70, 71, 72
 """Exit statuses of an attempt that ended for the sake of its nodes."""
@@ -67,21 +69,37 @@ class Settings:
 
     @classmethod
     def from_environment(cls, folder: Path) -> Settings:
+        """Raises UserError naming the variable that is wrong."""
         read = os.environ.get
         names = read("PRORL_NODES", "").split() or [read("SLURMD_NODENAME", "this node")]
+        nodes = _number("SLURM_STEP_NUM_NODES", len(names))
+        if nodes != len(names):  # The first node would run the command without the others.
+            raise UserError(
+                f"PRORL_NODES: names {len(names)} nodes, this step has {nodes:g}; start it with "
+                "slurm/job.sh, which sets it"
+            )
         return cls(
             folder=folder,
-            node=int(read("SLURM_NODEID", "0")),
+            node=int(_number("SLURM_NODEID", 0)),
             names=names,
             needs=Needs(
-                gpus=int(read("PRORL_GPUS") or read("SLURM_GPUS_ON_NODE") or 0),
-                memory=int(float(read("PRORL_MIN_MEMORY_GIB", "4")) * GIB),
-                disk=int(float(read("PRORL_MIN_DISK_GIB", "4")) * GIB),
+                gpus=int(_number("PRORL_GPUS", _number("SLURM_GPUS_ON_NODE", 0))),
+                memory=int(_number("PRORL_MIN_MEMORY_GIB", 4) * GIB),
+                disk=int(_number("PRORL_MIN_DISK_GIB", 4) * GIB),
             ),
-            join_seconds=float(read("PRORL_JOIN_SECONDS", "300")),
+            join_seconds=_number("PRORL_JOIN_SECONDS", 300),
             interface=read("PRORL_INTERFACE") or None,
             dashboard=read("PRORL_DASHBOARD", "0") == "1",
         )
+
+
+def _number(name: str, default: float) -> float:
+    """Of the environment; an empty variable is one that is not set."""
+    text = os.environ.get(name) or default
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"{name}: {text!r} is no number") from None
 
 
 def main() -> int:
@@ -89,10 +107,15 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("command", nargs=argparse.REMAINDER)
     arguments = parser.parse_args()
-    settings = Settings.from_environment(arguments.folder)
+    try:
+        settings = Settings.from_environment(arguments.folder)
+    except UserError as error:
+        _say(f"error: {error}")
+        return NODE_REFUSED
     adopt_orphans()
-    # Short: Ray's sockets lie below it, and their names have 107 bytes.
-    with tempfile.TemporaryDirectory(prefix="prorl", ignore_cleanup_errors=True) as temporary:
+    with tempfile.TemporaryDirectory(
+        prefix="prorl", dir=short_temporary(), ignore_cleanup_errors=True
+    ) as temporary:
         agent = _Head if settings.node == 0 else _Other
         return agent(settings, Path(temporary)).run(arguments.command)
 
@@ -151,8 +174,9 @@ class _Head:
             link.send({"ray": self.ray.address, "environment": ray_part(environment)})
         self._all_say("joined")
         _say(f"Ray runs on {len(settings.names)} nodes at {self.ray.address}")
-        if self.signalled:
-            raise AttemptOver(128 + self.signalled, "stopped before the run began")
+        if self.signalled or (settings.folder / STOP).exists():
+            number = self.signalled or signal.SIGUSR1
+            raise AttemptOver(128 + number, "stopped before the run began")
         environment["RAY_ADDRESS"] = self.ray.address
         prorl = [sys.executable, "-m", "prorl_nemo.cli", *command]
         self.driver = subprocess.Popen(prorl, env=environment, start_new_session=True)

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -25,6 +26,9 @@ START_SECONDS = 120.0
 _STOP_SECONDS = 10.0
 _TRIES = 3
 _SET_CHILD_SUBREAPER = 36  # prctl(2)
+# 107 bytes less those of
+# /prorl12345678/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1
+_LONGEST_FOLDER = 23
 
 
 class RayFailed(RuntimeError):
@@ -138,6 +142,13 @@ def free_port() -> int:
         return port
 
 
+def short_temporary() -> str:
+    """The folder for temporary files, or /tmp where its name leaves too little room for Ray's
+    sockets below it, whose names end at 107 bytes."""
+    folder = tempfile.gettempdir()
+    return folder if len(os.fsencode(folder)) <= _LONGEST_FOLDER else "/tmp"
+
+
 def own_address(interface: str | None) -> str:
     """The address by which other nodes reach this one.
 
@@ -173,6 +184,8 @@ def _command(temporary: Path, own: str, head: str | None, options: tuple[str, ..
         f"--num-cpus={len(os.sched_getaffinity(0))}",
         f"--dashboard-agent-listen-port={free_port()}",
         f"--metrics-export-port={free_port()}",
+        "--min-worker-port=0",  # Any that is free, in place of 10002 to 19999.
+        "--max-worker-port=0",
     ]
     if head:
         return [*command, f"--address={head}", *options]

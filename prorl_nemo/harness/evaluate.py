@@ -169,7 +169,7 @@ def _timed(stages: dict[str, float], name: str) -> Iterator[None]:
 
 @contextmanager
 def _stop_signals() -> Iterator[threading.Event]:
-    """Set by Ctrl-C and SIGTERM: what is there is kept. A second Ctrl-C ends at once."""
+    """Set by Ctrl-C, SIGTERM and SIGUSR1: what is there is kept. A second signal ends at once."""
     stop = threading.Event()
 
     def ask(number: int, frame: Any) -> None:
@@ -180,7 +180,8 @@ def _stop_signals() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield stop
     finally:

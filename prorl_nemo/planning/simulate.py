@@ -88,13 +88,15 @@ def simulate_generation(
     responses = math.ceil(work.prompts) * round(work.samples)
     batch = min(places, -(-responses // engines))
     speed = token_seconds[batch - 1]
-    free = [(0.0, engine) for engine in range(engines) for _ in range(batch)]
+    # The second figure deals the first responses out evenly: of places that are free, that of the
+    # engine that has got fewest.
+    free = [(0.0, place, engine) for place in range(batch) for engine in range(engines)]
     last = [0.0] * engines
     for _ in range(responses):
-        start, engine = heapq.heappop(free)
+        start, place, engine = heapq.heappop(free)
         end = start + min(work.limit, draw.lognormvariate(mean, sigma)) * speed
         last[engine] = max(last[engine], end)
-        heapq.heappush(free, (end, engine))
+        heapq.heappush(free, (end, place, engine))
     return max(last), min(last)
 
 

@@ -48,8 +48,8 @@ def model_card(
     data = data_sets(run)
     parts = [
         f"# {_text(name)}, step {step}",
-        f"{_base_link(base, about)} after {step} steps of ProRL v2 (prolonged reinforcement "
-        "learning on verifiable rewards), trained with prorl_nemo.",
+        f"{_base_link(base, about)} after {step} steps of reinforcement learning on rewards that "
+        f"a program checks{_rules(run)}, trained with prorl_nemo.",
         _training(run),
     ]
     if curves:
@@ -129,6 +129,13 @@ def _base_link(base: str | None, about: Mapping[str, Any]) -> str:
         return "The built-in test model of prorl_nemo (it knows nothing)"
     # A path says nothing to others, and may say too much.
     return f"The local model `{_text(model.rsplit('/', 1)[-1])}`"
+
+
+def _rules(run: Run | None) -> str:
+    """ProRL v2 is what its recipe says: other algorithms are trained with this project as well."""
+    algorithm = run.recipe.get("algorithm", {}) if run else {}
+    v2 = algorithm.get("advantage") == "reinforce_plus_plus_baseline"
+    return ", by the rules of ProRL v2" if v2 else ""
 
 
 def _training(run: Run | None) -> str:

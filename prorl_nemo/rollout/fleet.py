@@ -22,7 +22,7 @@ import psutil
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from prorl_nemo.errors import UserError
+from prorl_nemo.errors import FaultError
 from prorl_nemo.rollout.complete_weights import EngineError
 from prorl_nemo.rollout.engine import (
     EngineBusyError,
@@ -38,7 +38,7 @@ LEAVE_SECONDS = 5.0
 """How long an actor's process has to leave before it is killed."""
 
 
-class FleetError(UserError):
+class FleetError(FaultError):
     """Engines die faster than `max_restarts` allows, or compute with wrong weights: save the run
     and stop."""
 

@@ -1,7 +1,8 @@
 """How far a run is, for scripts: `python -m prorl_nemo.training.progress RECIPE [KEY=VALUE ...]`.
 
 Prints one line: `finished` or `unfinished`, the step of its newest checkpoint, its name. Reads the
-recipe and the run directory, nothing else, so a wrong recipe is refused before nodes are started.
+recipe and the run directory, nothing else, so that a wrong recipe, or another one than the run
+began with, is refused before nodes are started.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from prorl_nemo.errors import UserError
 from prorl_nemo.recipe import Recipe, load_recipe
 from prorl_nemo.training.metrics import EVENTS
+from prorl_nemo.training.run_dir import changes_since
 from prorl_nemo.training.run_state import Checkpoints
 
 
@@ -43,6 +45,7 @@ def main() -> int:
         if len(sys.argv) < 2:
             raise UserError("usage: progress RECIPE [KEY=VALUE ...]")
         recipe = load_recipe(Path(sys.argv[1]), sys.argv[2:])
+        changes_since(recipe)
         finished, step = progress(recipe)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

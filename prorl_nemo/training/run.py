@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from prorl_nemo.cluster.placement import NodeLost
+from prorl_nemo.cluster.placement import ClusterError, NodeLost
 from prorl_nemo.cluster.policy_group import PolicyError
-from prorl_nemo.errors import UserError
+from prorl_nemo.errors import FaultError, UserError
 from prorl_nemo.model_source import resolve_model
 from prorl_nemo.recipe import Recipe
 from prorl_nemo.reporting import write_report
@@ -43,7 +43,8 @@ def train(recipe: Recipe) -> tuple[bool, Path]:
 
     Raises:
         UserError: anything about recipe, model, machine or run directory that has to be changed;
-            a run that stopped without its last checkpoint, or whose processes keep dying.
+            a run that stopped without its last checkpoint.
+        FaultError: its processes keep dying, or too few nodes are left.
     """
     folder = resolve_model(recipe.model)
     check_resources(recipe, folder)
@@ -120,6 +121,11 @@ class _Run:
         while True:
             try:
                 return self._once(changes if reached < 0 else {})
+            except ClusterError as error:
+                if reached < 0:
+                    raise
+                # A node was lost, and Ray has noticed before whoever watches the nodes.
+                raise FaultError(f"{error}\n  That was enough when the run began") from error
             except FAULTS as fault:
                 step = self.step
                 restarts = 1 if step > reached else restarts + 1
@@ -127,7 +133,7 @@ class _Run:
                 if self.trainer:
                     self.trainer.saver.collect(wait=True)
                 if restarts > self.recipe.faults.max_restarts:
-                    raise UserError(
+                    raise FaultError(
                         f"faults.max_restarts: {fault}; {restarts - 1} restarts have not brought "
                         f"the run past step {reached}. The same command resumes from the last "
                         "checkpoint"

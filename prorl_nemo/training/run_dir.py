@@ -103,22 +103,31 @@ def open_run_dir(recipe: Recipe | Pretraining) -> Iterator[dict[str, list[Any]]]
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             lock.flush()
-            changes = _compare(recipe, run_dir)
+            changes = changes_since(recipe)
+            if changes is None:
+                resolved = dump_yaml(recipe.model_dump(mode="json"))
+                replace_file(run_dir / "recipe.yaml", [resolved.encode()])
         except OSError as error:
             raise _unwritable(run_dir, error) from None
-        yield changes
+        yield changes or {}
 
 
-def _compare(recipe: Recipe | Pretraining, run_dir: Path) -> dict[str, list[Any]]:
-    """Changes since the run began; a directory without figures yet belongs to nobody."""
+def changes_since(recipe: Recipe | Pretraining) -> dict[str, list[Any]] | None:
+    """Settings that changed since the run began, all of them RESUMABLE; None: it has not begun.
+
+    A directory without figures yet belongs to nobody.
+
+    Raises:
+        UserError: begun with another recipe.
+    """
+    run_dir = recipe.run_dir
     path, figures = run_dir / "recipe.yaml", run_dir / "metrics.jsonl"
     resolved = recipe.model_dump(mode="json")
     begun = any((run_dir / "checkpoints").glob("step_*")) or (
         figures.exists() and figures.stat().st_size > 0
     )
     if not begun or not path.exists():
-        replace_file(path, [dump_yaml(resolved).encode()])
-        return {}
+        return None
     changes = differences(load_settings(type(recipe), path).model_dump(mode="json"), resolved)
     refused = {key: pair for key, pair in changes.items() if key not in RESUMABLE}
     if refused:

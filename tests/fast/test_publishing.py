@@ -13,11 +13,12 @@ from rich.console import Console
 
 from prorl_nemo.errors import UserError
 from prorl_nemo.harness.model import folder_sha256
-from prorl_nemo.publishing.card import base_model, known_licence
+from prorl_nemo.publishing.card import base_model, known_licence, model_card
 from prorl_nemo.publishing.folder import about, add_evaluations, add_training, write_card
 from prorl_nemo.publishing.publish import prepare, show
 from prorl_nemo.publishing.upload import check_names, files_of
 from prorl_nemo.recipe import parse_recipe
+from prorl_nemo.reporting.run import read_run
 from prorl_nemo.strict_yaml import dump_yaml, load_yaml
 from prorl_nemo.tiny_model import tiny_model
 
@@ -78,6 +79,14 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture
 def folder(exported: tuple[Path, Path], tmp_path: Path) -> Path:
     return shutil.copytree(exported[0], tmp_path / "export")
+
+
+def test_only_runs_by_its_rules_are_said_to_be_prorl_v2(exported: tuple[Path, Path]) -> None:
+    said = about(exported[0])
+    run = read_run(exported[1], with_samples=False)
+    assert "by the rules of ProRL v2" in model_card(said, run, [], curves=False)
+    run.recipe["algorithm"]["advantage"] = "grpo"
+    assert "ProRL v2" not in model_card(said, run, [], curves=False)
 
 
 def evaluation(folder: Path, sha256: str, out: Path) -> Path:

@@ -20,6 +20,9 @@ RECIPES = [
     ROOT / "recipes" / name
     for name in (
         "nemotron_1.5b/v1.yaml",
+        "nemotron_1.5b/v2.yaml",
+        "nemotron_1.5b/v2_from_base.yaml",
+        "nemotron_1.5b/v2_8gpus.yaml",
         "nemotron_1.5b/v2_b200.yaml",
         "qwen3_4b/v2.yaml",
         "dapo_math/qwen2.5_math_1.5b.yaml",

@@ -46,6 +46,12 @@ def test_by_hand() -> None:
     assert last == pytest.approx(100 * 0.05)
 
 
+def test_first_responses_are_dealt_out_evenly() -> None:
+    """Nine responses for four engines of three places: none is left without any."""
+    last, first = simulate_generation(generation(9, 1, 100.0, 1000, 1.0), 4, 3, [0.01, 0.02, 0.03])
+    assert first == last == pytest.approx(3.0)
+
+
 def test_limit_cuts_the_longest() -> None:
     work = generation(2000, 1, 100.0, 150, 1.35)
     last, _ = simulate_generation(work, 2000, 1, [1.0])

@@ -16,15 +16,32 @@ SCRIPTS = sorted((ROOT / "slurm").iterdir())
 DOCS = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
 
 
-def shown(**settings: str) -> list[str]:
-    """What `in_job` would run."""
-    script = 'source slurm/job.sh; in_job "--nodes=2 --overlap" -m some.module "two words"'
+# What every srun begins with, the options of the call included.
+SRUN = ["srun", "--export=ALL", "--mem=0", "--cpu-bind=none", "--nodes=2", "--output=a b/%n"]
+CALL = 'in_job --nodes=2 "--output=a b/%n" -- -m some.module "two words"'
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A checkout whose path has a space."""
+    folder = tmp_path / "a checkout"
+    folder.mkdir()
+    return folder
+
+
+def sourced(script: str, home: Path, **settings: str) -> subprocess.CompletedProcess[str]:
+    """A script behind job.sh, in an environment without optional variables but those given."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("PRORL_", "SLURM_"))}
-    environment = clean | {"PRORL_HOME": str(ROOT), "PRORL_SHOW": "1"} | settings
-    command = ["bash", "-c", script]
-    done = subprocess.run(
-        command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    clean.pop("PYTHONPATH", None)
+    environment = clean | {"PRORL_HOME": str(home)} | settings
+    command = ["bash", "-c", f"source {ROOT}/slurm/job.sh; {script}"]
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+
+
+def shown(home: Path, **settings: str) -> list[str]:
+    """What `in_job` would run."""
+    done = sourced(CALL, home, PRORL_SHOW="1", **settings)
+    assert done.returncode == 0 and not done.stderr, done.stderr
     return shlex.split(done.stdout)
 
 
@@ -43,27 +60,57 @@ def test_every_setting_is_documented() -> None:
         assert f"slurm/{path.name}" in DOCS
 
 
-def test_bare() -> None:
-    found = shown()
-    assert found[:5] == ["srun", "--nodes=2", "--overlap", "--mem=0", "--cpu-bind=none"]
-    assert found[5:] == [f"{ROOT}/.venv/bin/python", "-m", "some.module", "two words"]
-    assert shown(PRORL_PYTHON="/opt/python")[5] == "/opt/python"
+def test_bare(home: Path) -> None:
+    found = shown(home)
+    assert found == [*SRUN, f"{home}/.venv/bin/python", "-m", "some.module", "two words"]
+    assert shown(home, PRORL_PYTHON="/opt/python")[len(SRUN)] == "/opt/python"
 
 
-def test_pyxis() -> None:
-    found = shown(PRORL_CONTAINER="/images/prorl.sqsh", PRORL_MOUNTS="/data,/home/a:/home/b,/runs")
-    assert found[5:8] == [
+def test_pyxis(home: Path) -> None:
+    """The checkout is always mounted, and the logs where they are elsewhere."""
+    logs = home.parent / "the logs"
+    found = shown(
+        home,
+        PRORL_CONTAINER="/images/prorl.sqsh",
+        PRORL_MOUNTS="/data,/home/a:/home/b,/data",
+        PRORL_LOGS=str(logs),
+    )
+    assert found == [
+        *SRUN,
         "--container-image=/images/prorl.sqsh",
-        "--container-mounts=/data:/data,/home/a:/home/b,/runs:/runs",
-        f"--container-workdir={ROOT}",
+        f"--container-mounts={home}:{home},{logs}:{logs},/data:/data,/home/a:/home/b",
+        f"--container-workdir={home}",
+        *("python", "-m", "some.module", "two words"),
     ]
-    assert found[8:] == ["python", "-m", "some.module", "two words"]
-    assert f"--container-mounts={ROOT}:{ROOT}" in shown(PRORL_CONTAINER="registry#image:1")
+    assert f"--container-mounts={home}:{home}" in shown(home, PRORL_CONTAINER="registry#image:1")
 
 
-def test_apptainer() -> None:
-    found = shown(PRORL_CONTAINER="/images/prorl.sif", PRORL_MOUNTS="/data,/runs")
-    assert found[5:] == [
-        *("apptainer", "exec", "--nv", "--bind", "/data,/runs", "--pwd", str(ROOT)),
-        *("/images/prorl.sif", "python", "-m", "some.module", "two words"),
+def test_apptainer(home: Path) -> None:
+    found = shown(home, PRORL_CONTAINER="/images/prorl.sif", PRORL_MOUNTS="/my data,/runs")
+    assert found == [
+        *SRUN,
+        *("apptainer", "exec", "--nv", "--bind"),
+        f"{home}:{home},/my data:/my data,/runs:/runs",
+        *("--pwd", str(home), "/images/prorl.sif", "python", "-m", "some.module", "two words"),
     ]
+
+
+def test_everybody_imports_the_checkout(home: Path) -> None:
+    done = sourced("echo $PYTHONPATH", home)
+    assert done.stdout == f"{home}\n"
+    assert sourced("echo $PYTHONPATH", home, PYTHONPATH="/mine").stdout == f"{home}:/mine\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("PRORL_AGAIN", "chained"), ("PRORL_MAX_STALLED", "0"), ("PRORL_MAX_STALLED", "many")],
+)
+def test_wrong_settings_are_refused_first(home: Path, name: str, value: str) -> None:
+    """Not after hours, when they are needed."""
+    done = sourced("echo begun", home, **{name: value})
+    assert done.returncode == 2 and "begun" not in done.stdout
+    assert f"error: {name}: {value}" in done.stdout
+
+
+def test_a_signal_before_an_attempt_does_not_end_the_script(home: Path) -> None:
+    assert sourced("kill -USR1 $$; echo $stopped", home).stdout == "time\n"

@@ -82,6 +82,6 @@ def test_a_rank_that_dies_again_and_again_ends_the_run_at_the_limit(tmp_path: Pa
         run.wait_for_event("resumed")
         # In the first step after the restart: no new step is finished in between.
         os.kill(run.actors(RANK)[0], signal.SIGKILL)
-        assert run.finish() == 2, run.output()
+        assert run.finish() == 4, run.output()
     assert "faults.max_restarts" in run.output()
     assert "The same command resumes from the last checkpoint" in run.output()

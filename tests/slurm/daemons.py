@@ -61,13 +61,16 @@ PartitionName=urgent Nodes=n[1-2] PriorityTier=9 PreemptMode=OFF OverSubscribe=E
 
 
 class Slurm:
-    """The daemons, from `start` to `stop`."""
+    """The daemons, from `start` to `stop`; `temporary` is for the jobs' TMPDIR."""
 
     def __init__(self) -> None:
         missing = [n for n in ("slurmctld", "slurmd", "munged") if not _program(n)]
         if missing or os.getuid() != 0:
             raise SystemExit(f"needs root and {', '.join(missing) or 'Slurm'}: {PACKAGES}")
         self.folder = Path(tempfile.mkdtemp(prefix="slurm"))
+        # Of the jobs: short, because Ray's sockets lie in it.
+        self.temporary = self.folder / "t"
+        self.temporary.mkdir()
         self.environment = {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf")}
         self.nodes: dict[str, subprocess.Popen[bytes]] = {}
         base = _free_ports(1 + len(NODES))

@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -55,6 +57,7 @@ class Job:
         self.name = next((c.split("=")[1] for c in changes if c.startswith("name=")), "two-nodes")
         self.run_dir = folder / "runs" / self.name
         settings = {"PRORL_HOME": str(ROOT), "PRORL_LOGS": str(folder / "logs")}
+        settings |= {"TMPDIR": str(slurm.temporary)}
         settings |= {"PRORL_MIN_MEMORY_GIB": "1", "PRORL_MIN_DISK_GIB": "0.1"}
         exported = ",".join(f"{k}={v}" for k, v in {**settings, **env}.items())
         self.output = folder / f"{self.name}-%j.out"
@@ -111,21 +114,27 @@ class Job:
 
 
 def nothing_is_left(slurm: Slurm) -> None:
-    """No process of a job of this Slurm, some seconds after its end."""
+    """No process of a job on any node, and none of their folders, some seconds after its end."""
     deadline = time.monotonic() + 30
-    while left := [process for process in psutil.process_iter() if _of_a_job(process, slurm)]:
-        assert time.monotonic() < deadline, [process.info for process in left]
+    while left := of_jobs(slurm):
+        assert time.monotonic() < deadline, list(left.values())
         time.sleep(0.5)
+    assert not list(slurm.temporary.glob("prorl*")), "folders of agents and of Ray"
 
 
-def _of_a_job(process: psutil.Process, slurm: Slurm) -> bool:
-    try:
-        environment = process.environ()
-        process.info = {"cmdline": process.cmdline()[:6]}
-    except psutil.Error:
-        return False
-    ours = environment.get("SLURM_CONF") == slurm.environment["SLURM_CONF"]
-    return ours and "SLURM_JOB_ID" in environment
+def of_jobs(slurm: Slurm) -> dict[psutil.Process, list[str]]:
+    """Command line of each process on the nodes but slurmd.
+
+    By the nodes' process trees, which orphans cannot leave: Ray's workers write their titles over
+    the memory in which their environment was.
+    """
+    found = {}
+    for node in slurm.nodes.values():
+        for process in psutil.Process(node.pid).children(recursive=True):
+            with suppress(psutil.Error):
+                if process.name() != "slurmd" and process.status() != psutil.STATUS_ZOMBIE:
+                    found[process] = process.cmdline()[:6]
+    return found
 
 
 def test_time_limit_saves_and_requeues(slurm: Slurm, tmp_path: Path) -> None:
@@ -162,6 +171,9 @@ def test_node_death(slurm: Slurm, tmp_path: Path) -> None:
     seconds = job.until("over", lambda: "lost node n2" in job.text)
     print(f"the attempt ended {seconds:.0f} s after the node died")
     assert seconds < 60
+    # A dead node cannot clear its own disk.
+    for folder in slurm.temporary.glob("prorl*"):
+        shutil.rmtree(folder, ignore_errors=True)
     slurm.start_node("n2")
     job.until_state("COMPLETED")
     assert "is finished at step 20" in job.text
@@ -227,9 +239,11 @@ def test_gives_up_without_progress(slurm: Slurm, tmp_path: Path) -> None:
     job = Job(slurm, tmp_path, "checkpoint.interval=1000", PRORL_MAX_STALLED="2")
 
     def killed(attempt: int) -> bool:
-        for process in psutil.process_iter(["cmdline"]):
-            if "train" in (line := process.info["cmdline"] or []) and "prorl_nemo.cli" in line:
-                process.kill()
+        # Of this test's job alone: others may be training on this machine.
+        for process, command in of_jobs(slurm).items():
+            if "prorl_nemo.cli" in command:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
         return (tmp_path / f"logs/two-nodes/{job.id}.{attempt}/status").exists()
 
     for attempt in range(2):
