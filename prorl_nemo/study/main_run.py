@@ -45,7 +45,7 @@ def main_blocks(runs: Runs) -> list[Block]:
             f"{seeds}, {last:,} steps. Validation on held-out prompts: the mean score of their "
             "samples, and the share of prompts with a right one among them. *Unseen*: tasks that "
             "are never trained on. In tables a value is the mean of the last four validations up "
-            "to its step."
+            f"to its step. A validation has the response limit of its stage: {_limits(results[0])}."
         ),
         Figure("main", draw(curves, title), title),
         _by_step(runs, names, last),
@@ -54,7 +54,7 @@ def main_blocks(runs: Runs) -> list[Block]:
         Heading("Does it still rise late?", 3),
         Text(
             f"Gain from step {_two_thirds(last):,} to step {last:,}, paired by seed. "
-            + _limits(results[0], last)
+            + _late_limits(results[0], last)
         ),
         _late_figure(runs, last),
         Heading("By category and task", 3),
@@ -152,17 +152,32 @@ def _claims(runs: Runs, last: int) -> Table:
     )
 
 
-def _limits(result: dict[str, Any], last: int) -> str:
+def _limits(result: dict[str, Any]) -> str:
+    """Response limits, and the steps up to which they hold."""
+    by_step = _limit_by_step(result)
+    ends = [step for step in range(1, len(by_step)) if by_step[step] != by_step[step - 1]]
+    return ", ".join(
+        f"{by_step[end - 1]} tokens up to step {end:,}" for end in [*ends, len(by_step)]
+    )
+
+
+def _late_limits(result: dict[str, Any], last: int) -> str:
     """Says so where the two ends of the last third were measured with other response limits."""
-    recipe = result["recipe"]
-    by_step: list[int] = []
-    for stage in recipe["stages"]:
-        limit = stage["max_response_tokens"] or recipe["rollout"]["max_response_tokens"]
-        by_step += [limit] * stage["steps"]
+    by_step = _limit_by_step(result)
     before, after = by_step[max(0, _two_thirds(last) - 1)], by_step[last - 1]
     if before == after:
         return f"Both are measured with {after} tokens of response."
     return f"The response limit differs: {before} tokens at the first, {after} at the second."
+
+
+def _limit_by_step(result: dict[str, Any]) -> list[int]:
+    """Of steps 1, 2, ..."""
+    recipe = result["recipe"]
+    limits: list[int] = []
+    for stage in recipe["stages"]:
+        limit = stage["max_response_tokens"] or recipe["rollout"]["max_response_tokens"]
+        limits += [limit] * stage["steps"]
+    return limits
 
 
 def _late_figure(runs: Runs, last: int) -> Figure:

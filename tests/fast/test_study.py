@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from prorl_nemo.cli import app
 from prorl_nemo.errors import RecipeError, UserError
 from prorl_nemo.recipe import Recipe, parse_recipe
 from prorl_nemo.study.analysis import (
@@ -634,6 +636,7 @@ def test_late_gains_measured_with_two_limits_are_said_to_be(tmp_path: Path) -> N
     write_pages(study(tmp_path))
     page = (tmp_path / "results" / "README.md").read_text()
     assert "The response limit differs: 48 tokens at the first, 72 at the second." in page
+    assert "of its stage: 48 tokens up to step 200, 72 tokens up to step 300." in page
 
 
 def test_html_shows_text_as_text() -> None:
@@ -648,3 +651,17 @@ def test_html_shows_text_as_text() -> None:
     for piece in ("<h2>&lt;b&gt;</h2>", "<i>so</i> &amp; so", "&lt;i&gt;", "&lt;script&gt;"):
         assert piece in page
     assert f'<td class="bad">{CONTRADICTS}</td>' in page and "<script" not in page
+
+
+def test_the_command_writes_pages_or_says_why_not(tmp_path: Path) -> None:
+    plan = study(tmp_path)
+    (tmp_path / "study.yaml").write_text(json.dumps(plan.model_dump(mode="json")))
+    arguments = ["study", str(tmp_path / "study.yaml"), "--pages"]
+    nothing = CliRunner().invoke(app, arguments)
+    assert nothing.exit_code == 2 and "holds no result of this study yet" in nothing.output
+    write(tmp_path, "main", 1)
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert (tmp_path / "results" / PAGE).is_file()
+    write(tmp_path, "no_kl", 1, model_sha256="b" * 64)
+    mixed = CliRunner().invoke(app, arguments)
+    assert mixed.exit_code == 2 and "another first model" in mixed.output
