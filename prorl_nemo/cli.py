@@ -83,14 +83,15 @@ def study(
         if pages:
             from prorl_nemo.study.pages import write_pages
 
-            write_pages(settings)
+            if not write_pages(settings):
+                raise UserError(f"--pages: {settings.results} holds no result of this study yet")
         else:
             from prorl_nemo.study.runner import run_study
 
             if not run_study(settings, only or [], Console()):
                 print("stopped and saved; the same command goes on")
                 raise typer.Exit(3)
-        print(f"results: {settings.results}")
+        print(f"results: {settings.results} (README.md, study.html)")
 
 
 @app.command()

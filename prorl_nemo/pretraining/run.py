@@ -77,7 +77,13 @@ def pretrain(settings: Pretraining, console: Console) -> Path | None:
             checkpoints.close()
     model = run_dir / "model"
     if not model.exists():
-        about = {"run": settings.name, "step": settings.steps, "pretrained": True}
+        about = {
+            "run": settings.name,
+            "step": settings.steps,
+            "pretrained": True,
+            # Where it was made is nobody else's business.
+            "recipe": settings.model_dump(mode="json", exclude={"runs_dir"}),
+        }
         last = checkpoints.path(settings.steps) / "policy"
         write_model(last, first, model, precision, about)
     return model

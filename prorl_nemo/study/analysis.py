@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ _NORMAL95 = 1.960
 _BEYOND_CHANCE = 0.01
 # Validations averaged where single ones would compare noise.
 WINDOW = 4
+CONTRADICTS = "contradicts the paper"
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,17 @@ def difference(these: Mapping[int, float], those: Mapping[int, float]) -> Estima
     return estimate([these[seed] - those[seed] for seed in shared]) if shared else None
 
 
+def series(result: Result, key: str, source: str = "validation") -> list[tuple[int, float]]:
+    """(step, value) of a figure where the run has it.
+
+    Args:
+        source: `validation`, or `train`, means over stretches of steps.
+    """
+    table = result[source]
+    pairs = zip(table["step"], table.get(key, ()), strict=False)
+    return [(step, value) for step, value in pairs if value is not None]
+
+
 def around(result: Result, step: int, key: str) -> float:
     """Mean of a validation figure over the last `WINDOW` validations up to a step.
 
@@ -66,24 +78,24 @@ def around(result: Result, step: int, key: str) -> float:
     Raises:
         ValueError: there is none.
     """
-    rows = [row for row in result["validation"] if row["step"] <= step and key in row]
-    if step:
-        rows = [row for row in rows if row["step"]]
+    rows = [(at, value) for at, value in series(result, key) if at <= step and (at or not step)]
     if not rows:
         raise ValueError(f"{result.get('run')}: no validation of {key} up to step {step}")
-    return statistics.fmean(row[key] for row in rows[-WINDOW:])
+    return statistics.fmean(value for _, value in rows[-WINDOW:])
 
 
-def curve(results: Sequence[Result], key: str) -> list[tuple[int, float, float]]:
-    """(step, mean over runs, its standard error) where all runs have the figure.
+def curve(
+    results: Sequence[Result], key: str, source: str = "validation", last: int | None = None
+) -> list[tuple[int, float, float]]:
+    """(step, mean over runs, its standard error) where all runs have the figure, up to `last`.
 
     With a single run the error is 0.
     """
     by_step: dict[int, list[float]] = {}
     for result in results:
-        for row in result["validation"]:
-            if key in row:
-                by_step.setdefault(row["step"], []).append(row[key])
+        for step, value in series(result, key, source):
+            if last is None or step <= last:
+                by_step.setdefault(step, []).append(value)
     return [
         (step, statistics.fmean(v), _error(v))
         for step, v in sorted(by_step.items())
@@ -140,6 +152,29 @@ def sure_count(samples: int) -> int:
         if math.comb(samples, count) / math.comb(2 * samples, count) < _BEYOND_CHANCE:
             return count
     return samples
+
+
+def pass_at(counts: Iterable[int], samples: int, k: int) -> float:
+    """Mean over prompts of pass@k, without bias (Chen et al., arXiv 2107.03374): the chance that k
+    of a prompt's samples, drawn without putting back, hold a right one.
+
+    Args:
+        counts: right samples of each prompt.
+        samples: of each prompt; at least k.
+    """
+    ways = math.comb(samples, k)
+    return statistics.fmean(1 - math.comb(samples - right, k) / ways for right in counts)
+
+
+def verdict(found: Estimate, expected: str | None) -> str:
+    """What an interval says of the paper's claim: `lower` or `higher` than nothing."""
+    if expected is None:
+        return "the paper does not say"
+    if found.half_width is None:
+        return "one run: not decided"
+    if abs(found.mean) <= found.half_width:
+        return "not decided"
+    return "as the paper" if (found.mean > 0) == (expected == "higher") else CONTRADICTS
 
 
 def by_task(counts: Mapping[str, int]) -> dict[str, dict[str, int]]:

@@ -1,12 +1,15 @@
 """What a study consists of: one recipe, the changes that make its variants, seeds, probes.
 
 Our choice: a variant is a list of overrides, so that what differs between two curves can be read
-off one line, and nothing else can differ.
+off one line, and nothing else can differ. All runs begin with one model, which is committed beside
+the results: bf16 products differ between processors, so another machine would make another one.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -24,6 +27,10 @@ class Variant(Section):
     question: str = Field(min_length=1, description="What it answers, for people.")
     overrides: list[str] = Field([], description="section.key=value, as on the command line.")
     seeds: list[int] = Field([1, 2, 3], min_length=1, description="One run each.")
+    expected: Literal["lower", "higher"] | None = Field(
+        None,
+        description="Than the main run's mean score, if the paper is right; null: it says none.",
+    )
 
     @field_validator("seeds")
     @classmethod
@@ -34,16 +41,25 @@ class Variant(Section):
 
 
 class Probe(Section):
-    """Many samples of each held-out prompt, before the first step and after the last one."""
+    """Many samples of each held-out prompt, before the first step and after the last one.
+
+    The first model is asked once for all runs.
+    """
 
     prompts_per_task: int = Field(16, ge=1, le=1000, description="Held-out prompts of each task.")
     samples: int = Field(256, ge=2, le=4096, description="Samples of a prompt, at temperature 1.")
+    variants: list[str] = Field([MAIN], description="Whose last model is asked; the others' not.")
 
 
 class Study(Section):
     """The whole study."""
 
     pretraining: str = Field(min_length=1, description="Recipe of the model (`prorl pretrain`).")
+    model: str = Field(
+        min_length=1,
+        description="Folder of the model that all runs begin with, committed with the results; "
+        "made by `pretraining` where it is not there.",
+    )
     recipe: str = Field(min_length=1, description="Recipe of the main run.")
     results: str = Field(min_length=1, description="Folder of what is committed of each run.")
     probe: Probe = Probe()
@@ -60,12 +76,15 @@ class Study(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"variants: {', '.join(twice)} is listed twice")
+        unknown = sorted(set(self.probe.variants) - set(names))
+        if unknown:
+            raise ValueError(f"probe.variants: there is no variant {', '.join(unknown)}")
         return self
 
     @property
     def main_recipe(self) -> Recipe:
         """The recipe without changes: every model is probed by it, whatever it was trained by."""
-        return load_recipe(self.recipe)
+        return load_recipe(self.recipe, [self._model])
 
     def recipe_of(self, variant: Variant, seed: int) -> Recipe:
         """The recipe of one run.
@@ -74,7 +93,13 @@ class Study(Section):
             RecipeError: an override that the recipe refuses.
         """
         name = run_name(variant.name, seed)
-        return load_recipe(self.recipe, [*variant.overrides, f"seed={seed}", f"name={name}"])
+        own = [f"seed={seed}", f"name={name}", self._model]
+        return load_recipe(self.recipe, [*variant.overrides, *own])
+
+    @property
+    def _model(self) -> str:
+        # A text in JSON is one in YAML.
+        return f"model={json.dumps(self.model)}"
 
     def result_file(self, variant: str, seed: int) -> Path:
         return Path(self.results) / f"{variant}_seed{seed}.json"

@@ -7,13 +7,17 @@ before the first step and after the last one.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import ray
 
 from prorl_nemo.data.chat import load_tokenizer
 from prorl_nemo.data.prompts import load_prompts
+from prorl_nemo.errors import UserError
 from prorl_nemo.recipe import Recipe
 from prorl_nemo.rewards.pool import GraderPool
 from prorl_nemo.rollout.dynamic_sampler import DynamicSampler
@@ -28,20 +32,28 @@ from prorl_nemo.training.session import start_ray
 _SEED = 256
 
 
-def probe(recipe: Recipe, folder: Path, settings: Probe) -> Counts:
+def probe(
+    recipe: Recipe, folder: Path, settings: Probe, should_stop: Callable[[], bool]
+) -> Counts | None:
     """How many of `settings.samples` samples at temperature 1 are right, for each prompt.
 
     Right is a full score. The response limit is the longest of the recipe's stages.
 
     Args:
         folder: of a Hugging Face model.
+        should_stop: asked between tasks.
+
+    Returns:
+        the counts, or None if it was stopped.
+
+    Raises:
+        UserError: a prompt that the engine refuses.
     """
     asked = {"prompts_per_task": settings.prompts_per_task}
     validation = recipe.validation.model_copy(update=asked)
     recipe = recipe.model_copy(update={"validation": validation})
     prompts = load_prompts(recipe, load_tokenizer(folder))
-    limits = [s.max_response_tokens or recipe.rollout.max_response_tokens for s in recipe.stages]
-    sampling = Sampling(settings.samples, 1.0, max(limits))
+    sampling = Sampling(settings.samples, 1.0, response_limit(recipe))
     with ExitStack() as stack:
         kinds = sorted({prompt.grading["kind"] for prompt in prompts.validation})
         graders = GraderPool(
@@ -51,13 +63,26 @@ def probe(recipe: Recipe, folder: Path, settings: Probe) -> Counts:
         if not ray.is_initialized():
             start_ray()
             stack.callback(ray.shutdown)
-        engines = EngineSettings.from_recipe(recipe, folder)
+        engines = EngineSettings.from_recipe(recipe, folder, neighbours=1)
         fleet = Fleet(engines, 1, actor_options=[{"num_cpus": 0}])
         stack.callback(fleet.shutdown)
-        sampler = DynamicSampler(fleet, graders, prompts.stream, _SEED)
+        sampler = DynamicSampler(fleet, graders, prompts.stream, _SEED, on_event=_refused)
         counts: Counts = {}
-        for prompt in prompts.validation:
-            # One by one: hundreds of samples fill the engine, and memory stays small.
-            for group in sampler.sample_all([(prompt, 0)], sampling):
-                counts[prompt.prompt_id] = sum(score == 1.0 for score in group.scores)
+        # A task at once: some thousand samples keep the engine full to the last few, and fit.
+        for _, of_task in itertools.groupby(prompts.validation, key=lambda prompt: prompt.task):
+            if should_stop():
+                return None
+            for group in sampler.sample_all([(prompt, 0) for prompt in of_task], sampling):
+                counts[group.prompt.prompt_id] = sum(score == 1.0 for score in group.scores)
     return counts
+
+
+def response_limit(recipe: Recipe) -> int:
+    """Tokens; the longest of the recipe's stages."""
+    return max(s.max_response_tokens or recipe.rollout.max_response_tokens for s in recipe.stages)
+
+
+def _refused(event: str, details: dict[str, Any]) -> None:
+    """A prompt that is not asked would be missing in every comparison, unseen."""
+    if event == "prompt_dropped":
+        raise UserError(f"probe: {details['prompt_id']} cannot be asked: {details['reason']}")

@@ -61,7 +61,7 @@ ROOMS: dict[str, set[str]] = {
     # Many runs, and what they say together.
     "study": VOCABULARY
     | {"settings_file", "recipe_data", "recipe_pretrain", "pretraining", "training", "export"}
-    | {"model_source", "data", "rewards", "rollout", "reporting", "evaluation"},
+    | {"model_source", "data", "rewards", "rollout", "reporting", "evaluation", "harness.model"},
     # A recipe made small: needs the shape of its model and data like that of a build.
     "shrink": VOCABULARY | {"data", "planning", "rewards", "tiny_model"},
     # Counts what the others allocate; imports what of them needs neither torch nor Megatron.

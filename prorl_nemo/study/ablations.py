@@ -1,0 +1,90 @@
+"""What each part adds: every variant beside the main runs at the same step, paired by seed."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+
+from prorl_nemo.study.analysis import around, curve, difference, estimate, series, verdict
+from prorl_nemo.study.blocks import Block, Figure, Heading, Table, Text
+from prorl_nemo.study.forest import draw_forest
+from prorl_nemo.study.main_run import NEVER, PASS, SCORE
+from prorl_nemo.study.panels import Curve, Panel, draw_panels
+from prorl_nemo.study.plan import MAIN, Study
+from prorl_nemo.study.results import Runs
+
+_LENGTH = "response_tokens_mean"
+_COLUMNS = ((SCORE, "mean"), (PASS, "pass@n"), (f"{NEVER}{SCORE}", "unseen"), (_LENGTH, "tokens"))
+
+
+def ablation_blocks(study: Study, found: Mapping[str, Runs]) -> list[Block]:
+    """Nothing without a variant and a main run that reach the step of comparison."""
+    step = study.compare_at
+    reached = {
+        name: {seed: result for seed, result in runs.items() if result["steps"] >= step}
+        for name, runs in found.items()
+    }
+    main = reached.get(MAIN, {})
+    variants = [v for v in study.variants if v.name != MAIN and reached.get(v.name)]
+    if not main or not variants:
+        return []
+    forest, panels, verdicts = [], [], []
+    rows = [_row(MAIN, "All of it", main, {}, step)]
+    base = [(at, mean) for at, mean, _ in curve(list(main.values()), SCORE, last=step)]
+    for variant in variants:
+        runs = reached[variant.name]
+        rows.append(_row(variant.name, variant.question, runs, main, step))
+        points = [(at, mean) for at, mean, _ in curve(list(runs.values()), SCORE, last=step)]
+        panels.append(Panel(variant.name, [Curve(base, 0), Curve(points, 1)]))
+        apart = difference(_at(runs, step, SCORE), _at(main, step, SCORE))
+        if apart:
+            forest.append((variant.name, apart))
+            expected = variant.expected or ""
+            verdicts.append([variant.name, expected, verdict(apart, variant.expected)])
+    title = f"Mean score at step {step:,} less the main run's, 95 % intervals over seeds"
+    compared: list[Block] = (
+        [
+            Figure("differences", draw_forest(forest, title), title),
+            Table(["variant", "the paper expects its score", "verdict"], verdicts),
+            Text(
+                f"With {len(forest)} intervals of 95 %, one in twenty misses by chance alone: a "
+                "single verdict is a reason to look, not a proof."
+            ),
+        ]
+        if forest
+        else []
+    )
+    beside = "Mean score on trained tasks: main run (blue), variant (orange)"
+    head = ["variant", "question", "seeds"]
+    for _, name in _COLUMNS:
+        head += [name, "less main"]
+    head.append("seconds a step")
+    return [
+        Heading(f"Variants at step {step:,}"),
+        Text(
+            "Each changes one thing. *Less main*: paired by seed with the main runs at the same "
+            "step; a value is the mean of the last four validations."
+        ),
+        *compared,
+        Figure("variants", draw_panels(panels, beside), beside),
+        Table(head, rows),
+    ]
+
+
+def _row(name: str, question: str, runs: Runs, main: Runs, step: int) -> list[str]:
+    row = [name, question, str(len(runs))]
+    for key, _ in _COLUMNS:
+        here = _at(runs, step, key)
+        apart = difference(here, _at(main, step, key)) if main else None
+        row += [str(estimate(list(here.values()))) if here else "", str(apart) if apart else ""]
+    seconds = [
+        seconds
+        for result in runs.values()
+        for at, seconds in series(result, "time/step", "train")
+        if at <= step
+    ]
+    return [*row, f"{statistics.fmean(seconds):.2f}" if seconds else ""]
+
+
+def _at(runs: Runs, step: int, key: str) -> dict[int, float]:
+    return {s: around(r, step, key) for s, r in runs.items() if series(r, key)}
