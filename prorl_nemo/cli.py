@@ -459,13 +459,21 @@ def _errors() -> Iterator[None]:
     """A user's mistake is one message and exit status 2; anything else keeps its traceback."""
     try:
         yield
+        return
     except UserError as error:
-        message = str(error).translate(_CONTROL)
-        # Not wrapped: a path that is cut in two cannot be copied.
-        Console(stderr=True).print(
-            Text.assemble(("error", "bold red"), " ", message), soft_wrap=True
+        message = str(error)
+    except ModuleNotFoundError as error:
+        if (error.name or "prorl_nemo").startswith("prorl_nemo"):
+            raise
+        message = (
+            f"{error.name} is not installed: pip brought the command alone; what it computes with "
+            "is in requirements/ of the repository (make setup)"
         )
-        raise typer.Exit(2) from None
+    # Not wrapped: a path that is cut in two cannot be copied.
+    Console(stderr=True).print(
+        Text.assemble(("error", "bold red"), " ", message.translate(_CONTROL)), soft_wrap=True
+    )
+    raise typer.Exit(2)
 
 
 # What a message quotes must not steer the terminal.
