@@ -71,3 +71,8 @@ study-main: setup
 
 clean:
 	rm -rf .venv runs build *.egg-info
+
+# The documentation as a site, build/site; any warning is an error.
+.PHONY: docs
+docs: setup
+	$(BIN)/mkdocs build --strict --quiet

@@ -460,13 +460,22 @@ def _errors() -> Iterator[None]:
     """A user's mistake is one message and its exit status; anything else keeps its traceback."""
     try:
         yield
+        return
     except UserError as error:
-        message = str(error).translate(_CONTROL)
-        # Not wrapped: a path that is cut in two cannot be copied.
-        Console(stderr=True).print(
-            Text.assemble(("error", "bold red"), " ", message), soft_wrap=True
+        message, status = str(error), error.status
+    except ModuleNotFoundError as error:
+        if (error.name or "prorl_nemo").startswith("prorl_nemo"):
+            raise
+        status = 2
+        message = (
+            f"{error.name} is not installed: pip brought the command alone; what it computes with "
+            "is in requirements/ of the repository (make setup)"
         )
-        raise typer.Exit(error.status) from None
+    # Not wrapped: a path that is cut in two cannot be copied.
+    Console(stderr=True).print(
+        Text.assemble(("error", "bold red"), " ", message.translate(_CONTROL)), soft_wrap=True
+    )
+    raise typer.Exit(status)
 
 
 # What a message quotes must not steer the terminal.

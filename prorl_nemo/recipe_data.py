@@ -16,6 +16,8 @@ from prorl_nemo.settings_file import Section
 Positive = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Threads = Annotated[int, Field(ge=1, le=1024)]
 
+Domain = Literal["math", "code", "stem", "logic", "instructions"]
+
 
 class Source(Section):
     """One entry of the data mix."""
@@ -31,9 +33,7 @@ class Source(Section):
         description="Registered name of the Reasoning Gym task. Of built data: only this task; "
         "an entry without one takes all tasks of its domain that no other entry names.",
     )
-    domain: Literal["math", "code", "stem", "logic", "instructions"] | None = Field(
-        None, description="Of built data."
-    )
+    domain: Domain | None = Field(None, description="Of built data.")
     folder: str | None = Field(
         None, min_length=1, description="Of built data; default: data.build.folder."
     )
@@ -86,15 +86,22 @@ def plain_mapping(config: dict[str, Any]) -> dict[str, Any]:
 
 
 class BuildSource(Section):
-    """A public data set to build prompts from (docs/data.md)."""
+    """A data set to build prompts from (docs/data.md)."""
 
     source: Literal[
-        "deepscaler", "dapo_math", "eurus_code", "scp", "reasoning_gym", "nemotron_instructions"
-    ] = Field(description="Which data set.")
+        "deepscaler",
+        "dapo_math",
+        "eurus_code",
+        "scp",
+        "reasoning_gym",
+        "nemotron_instructions",
+        "records",
+    ] = Field(description="Which data set; records are problems of one's own (docs/add_a_task.md).")
     path: str | None = Field(
         None,
         min_length=1,
-        description="Folder or file in the data set's own layout; null downloads it from the hub.",
+        description="Folder or file in the data set's own layout; null downloads it from the hub. "
+        "records have no other place.",
     )
     revision: str | None = Field(None, min_length=1, description="Of the hub: commit, tag, branch.")
     limit: Positive | None = Field(
@@ -113,6 +120,7 @@ class BuildSource(Section):
     def _of_its_source(self) -> BuildSource:
         generated = self.source == "reasoning_gym"
         wrong = ("path", "revision") if generated else ("tasks", "seconds_per_item")
+        wrong += ("revision",) if self.source == "records" else ()
         # By value: a resolved recipe holds every key with its default.
         defaults = type(self).model_fields
         given = [key for key in wrong if getattr(self, key) != defaults[key].default]
@@ -120,6 +128,8 @@ class BuildSource(Section):
             raise ValueError(f"{', '.join(given)}: not for {self.source}; remove it")
         if generated and self.limit is None:
             raise ValueError("limit: reasoning_gym never ends; say how many prompts (ProRL: 37000)")
+        if self.source == "records" and self.path is None:
+            raise ValueError("path: records are files of your own; say where they are")
         if self.tasks is not None:
             if not self.tasks:
                 raise ValueError("tasks: name at least one")

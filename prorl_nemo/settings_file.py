@@ -7,6 +7,7 @@ key as the user would write it, what was found there, and what would do.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from prorl_nemo.errors import RecipeError
 from prorl_nemo.strict_yaml import YAMLError, load_yaml
 
 _LARGEST_FILE = 1 << 20  # bytes; a recipe has a few thousand
+_PACKAGE = Path(__file__).parent
 
 # Pydantic speaks of Python's types; a user writes YAML.
 _WORDS = {
@@ -56,10 +58,14 @@ Schema = TypeVar("Schema", bound=Section)
 def load_settings(schema: type[Schema], path: Path, overrides: Sequence[str] = ()) -> Schema:
     """Read a file and apply `section.key=value` overrides (values are YAML) in their order.
 
+    `recipes/...` is looked for in the package too, so that an installed command needs no checkout.
+
     Raises:
         RecipeError: unreadable file, bad YAML, unknown key, wrong type or value out of range;
             the message names every key at fault and what to do.
     """
+    if path.parts[:1] == ("recipes",) and not os.path.exists(path):
+        path = _PACKAGE / path if os.path.exists(_PACKAGE / path) else path
     try:
         with path.open("rb") as file:
             data = file.read(_LARGEST_FILE + 1)

@@ -190,7 +190,8 @@ def read_row(source: PublicSource, row: dict[str, Any], record_id: str) -> tuple
     except Exception as error:  # Of unknown origin: it must not end a build.
         raise BadRowError(f"cannot be read ({type(error).__name__}: {error})") from None
     problem = reading.problem.strip()
-    record = Record(record_id, source.domain, reading.task, problem, reading.grading)
+    domain = reading.domain or source.domain
+    record = Record(record_id, domain, reading.task, problem, reading.grading)
     check(record)
     return record, reading
 

@@ -1,7 +1,8 @@
 r"""ProRL's public data sets: where they are, under which licence, and how a row is read.
 
 Sources: ProRL, table 4; the data sets' own cards. Each reader takes a row as it is published and
-returns (task, problem, grading record); it knows every layout the set was seen in.
+returns (task, problem, grading record); it knows every layout the set was seen in. The last one
+reads problems of one's own, in this project's layout.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from prorl_nemo.data.record import BadRowError, SkippedRow
+from prorl_nemo.data.record import INSTRUCTIONS, BadRowError, SkippedRow
 from prorl_nemo.rewards.extraction import final_part, last_box
 from prorl_nemo.rewards.math import MAX_ANSWER
 
@@ -26,20 +27,23 @@ class Reading:
     Attributes:
         agreement: (grading record, response) that has to be graded as right for the row to be
             used.
+        domain: of the row, where the data set has none of its own.
     """
 
     task: str
     problem: str
     grading: dict[str, Any]
     agreement: tuple[dict[str, Any], str] | None = None
+    domain: str | None = None
 
 
 @dataclass(frozen=True)
 class PublicSource:
-    """A data set of the hub.
+    """A data set of the hub, or problems of one's own.
 
     Attributes:
-        repository: its name there.
+        domain: empty where each row names its own.
+        repository: its name there; empty for one's own.
         files: patterns of the files of its training split.
         rows: how many it has, as published; for people.
     """
@@ -218,6 +222,19 @@ def _nemotron(row: Row) -> Reading:
     return Reading("nemotron_instructions", problem, grading | {"prompt": problem})
 
 
+def _own(row: Row) -> Reading:
+    """A record as this project keeps it; a Parquet file may hold `grading` as JSON text."""
+    domain, task = field(row, "domain"), field(row, "task")
+    if domain not in INSTRUCTIONS:
+        raise BadRowError(f"domain {domain!r} is none of {', '.join(INSTRUCTIONS)}")
+    if not isinstance(task, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+", task):
+        raise BadRowError(f"task {task!r}: use letters, digits, dot, dash and underscore")
+    grading = decoded(field(row, "grading"), "grading")
+    if not isinstance(grading, dict):
+        raise BadRowError("grading is no object")
+    return Reading(task, text_of(field(row, "problem")), grading, domain=domain)
+
+
 SOURCES = {
     source.name: source
     for source in (
@@ -266,5 +283,6 @@ SOURCES = {
             "56,339; ProRL took 10,000",
             _nemotron,
         ),
+        PublicSource("records", "", "", (), "not stated", "one's own", _own),
     )
 }

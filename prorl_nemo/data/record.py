@@ -18,7 +18,7 @@ from prorl_nemo.rewards.verdict import GradingError
 
 # ProRL's prompts (arXiv 2505.24864, appendix D): a box for mathematics and STEM, a code block for
 # code, tags for logic, nothing for instructions.
-INSTRUCTIONS = {
+INSTRUCTIONS: dict[str, str] = {
     "math": r"Let's think step by step and output the final answer within \boxed{}.",
     "stem": r"Let's think step by step and output the final answer within \boxed{}.",
     "code": "Write a Python solution and give it in a single block between ```python and ```.",

@@ -21,7 +21,7 @@ from prorl_nemo.evaluation.benchmark import (
 from prorl_nemo.evaluation.items import Item, Items, load_items
 from prorl_nemo.settings_file import load_settings, parse_settings
 
-DEFINITIONS = Path(__file__).parents[2] / "eval"
+DEFINITIONS = Path(__file__).parents[1] / "eval"
 """Benchmarks, protocols and reported numbers of this project."""
 
 

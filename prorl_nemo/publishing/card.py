@@ -69,7 +69,7 @@ def base_model(about: Mapping[str, Any]) -> str | None:
 
 
 def data_sets(run: Run | None) -> list[tuple[str, str, str]]:
-    """(name, where, licence) of what was trained on."""
+    """(name, where, licence) of what was trained on; `where` is empty for unpublished data."""
     data = run.recipe.get("data") if run else None
     if not isinstance(data, dict):
         return []
@@ -78,7 +78,9 @@ def data_sets(run: Run | None) -> list[tuple[str, str, str]]:
     build = data.get("build")
     for entry in (build or {}).get("sources", []) if "built" in kinds else []:
         source = SOURCES.get(entry["source"])
-        if source is not None:
+        if source is not None and not source.repository:
+            found.append(("problems of its author's own", "", source.licence))
+        elif source is not None:
             found.append((source.repository, _hub_data(source.repository), source.licence))
         elif _REASONING_GYM not in found:
             found.append(_REASONING_GYM)
@@ -214,7 +216,10 @@ def _evaluation(results: Sequence[Mapping[str, Any]]) -> str:
 def _data_table(data: Sequence[tuple[str, str, str]]) -> str:
     if not data:
         return ""
-    rows = [[f"[{_text(name)}]({where})", _text(licence)] for name, where, licence in data]
+    rows = [
+        [f"[{_text(name)}]({where})" if where else _text(name), _text(licence)]
+        for name, where, licence in data
+    ]
     lines = ["## Data", "| data set | licence |\n| --- | --- |"]
     lines[1] += "".join(f"\n| {' | '.join(row)} |" for row in rows)
     bound = [name for name, _, licence in data if _NO_PROFIT.search(licence)]

@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,10 +22,11 @@ from prorl_nemo.data.contamination import EvaluationSets
 from prorl_nemo.data.parts import read_row
 from prorl_nemo.data.prompts import load_prompts
 from prorl_nemo.data.public_sources import SOURCES
-from prorl_nemo.data.record import BadRowError, Record, SkippedRow
+from prorl_nemo.data.record import INSTRUCTIONS, BadRowError, Record, SkippedRow
 from prorl_nemo.errors import RecipeError, UserError
 from prorl_nemo.model_source import tiny_model
 from prorl_nemo.recipe import Recipe, parse_recipe
+from prorl_nemo.recipe_data import Domain
 from prorl_nemo.rewards.registry import grade
 
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -64,6 +65,7 @@ def write_lines(path: Path, rows: Sequence[Any]) -> Path:
 def recipe(folder: Path, sources: list[dict[str, Any]], **changes: Any) -> Recipe:
     domains = {"deepscaler": "math", "dapo_math": "math", "eurus_code": "code", "scp": "stem"}
     domains |= {"nemotron_instructions": "instructions", "reasoning_gym": "logic"}
+    domains |= {"records": "math"}
     used = dict.fromkeys(domains[source["source"]] for source in sources)
     return parse_recipe(
         {
@@ -210,6 +212,53 @@ def test_nemotron_instructions(tmp_path: Path, encoded: bool) -> None:
     assert grade(record.grading, "one, two").score == 0.0
 
 
+def own(number: int, domain: str = "math", **changes: Any) -> dict[str, Any]:
+    grading = {"kind": "math", "answer": str(number)}
+    return {"domain": domain, "task": "goats", "problem": problem(number), "grading": grading} | (
+        changes
+    )
+
+
+def test_every_domain_has_its_words() -> None:
+    assert set(INSTRUCTIONS) == set(get_args(Domain))
+
+
+def test_records_of_ones_own(tmp_path: Path) -> None:
+    """Several domains in one file; the domain's sentence is added, gradings stay as they are."""
+    rows = [own(i) for i in range(20)] + [own(i, "logic", task="other") for i in range(20, 40)]
+    rows += [own(50, grading=json.dumps(own(50)["grading"]))]
+    write_lines(tmp_path / "goats.jsonl", rows)
+    sources = [{"source": "records", "path": str(tmp_path / "goats.jsonl")}]
+    manifest = run(recipe(tmp_path / "out", sources))
+    assert manifest["tasks"] == {
+        "logic": {"other": {"held_out": 2, "train": 18}},
+        "math": {"goats": {"held_out": 2, "train": 19}},
+    }
+    found = {
+        r.problem: r for r in records(tmp_path / "out") + records(tmp_path / "out", "held_out")
+    }
+    assert len(found) == 41
+    assert found[problem(50)].grading == {"kind": "math", "answer": "50"}
+    assert found[problem(3)].question.endswith(r"within \boxed{}.")
+    assert found[problem(30)].question.endswith("</answer>.")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (own(1, "arithmetic"), "domain 'arithmetic' is none of math"),
+        (own(1, task="two words"), "task 'two words': use letters"),
+        (own(1, grading="right"), "grading is not JSON"),
+        (own(1, grading=["right"]), "grading is no object"),
+        (own(1, grading={"kind": "guess"}), "grading.kind: 'guess' is unknown"),
+        ({"problem": "What?"}, "no field domain"),
+    ],
+)
+def test_records_that_cannot_be_used(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadRowError, match=message):
+        read_row(SOURCES["records"], row, "x/1")
+
+
 # --- what is wrong --------------------------------------------------------------------------
 
 
@@ -278,6 +327,8 @@ def test_a_source_that_cannot_be_read(
         ({"source": "reasoning_gym"}, "reasoning_gym never ends"),
         ({"source": "reasoning_gym", "limit": 5, "path": "x"}, "path: not for reasoning_gym"),
         ({"source": "deepscalar"}, "deepscaler"),
+        ({"source": "records"}, "path: records are files of your own"),
+        ({"source": "records", "path": "x", "revision": "1"}, "revision: not for records"),
     ],
 )
 def test_wrong_build_settings(tmp_path: Path, source: dict[str, Any], message: str) -> None:
@@ -316,6 +367,7 @@ KEYS = {
     "eurus_code": ["ability", "prompt", "reward_model", "extra_info", "data_source"],
     "scp": ["problem", "r1_response", "extract_solution", "is_r1_consistent"],
     "nemotron_instructions": ["input", "args", "instruction_id_list", "kwargs"],
+    "records": ["domain", "task", "problem", "grading"],
 }
 SPOKEN = (
     r"code \boxed{1} </think> user role content inputs outputs fn_name ground_truth true { [[1]]"

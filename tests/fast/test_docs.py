@@ -73,6 +73,22 @@ def test_every_event_is_documented() -> None:
     assert found == set(re.findall(r"^\| `(\w+)` \|", section, re.M))
 
 
+def test_quoted_messages_are_ours() -> None:
+    """What docs/troubleshooting.md quotes in a column of messages is in the code; … is any text."""
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    said = " ".join(text for path in (ROOT / "prorl_nemo").rglob("*.py") for text in strings(path))
+    said += (ROOT / "slurm" / "job.sh").read_text(encoding="utf-8")
+    foreign = {"operator torchvision::nms does not exist", "kill -9", "checkpoint_damaged"}
+    quoted = set()
+    for table in re.findall(r"^\| message.*?\|.*\n\|---\|---\|\n((?:\|.*\n)+)", page, re.M):
+        for row in table.splitlines():
+            quoted.update(re.findall(r"`([^`]+)`", row.split(" | ")[0]))
+    assert len(quoted) > 60
+    for message in sorted(quoted - foreign):
+        for piece in message.split("…"):
+            assert piece.strip() in said, f"docs/troubleshooting.md: {message}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_and_paths_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
