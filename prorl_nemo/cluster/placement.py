@@ -74,6 +74,11 @@ class Assignment:
         """How many of `bundles` (of all ranks, or of all engines) are on one bundle's node."""
         return sum(self.bundles[other] == self.bundles[bundle] for other in bundles)
 
+    @property
+    def one_machine(self) -> bool:
+        """Whether all ranks and engines share a node, and so its memory."""
+        return len({self.node(bundle) for bundle in (*self.ranks, *self.engines)}) == 1
+
     def gpu_share(self, bundle: int) -> float:
         """Of a bundle's GPU, for each process in it."""
         return 1.0 / (self.ranks.count(bundle) + self.engines.count(bundle)) if self.gpu else 0.0
@@ -157,11 +162,6 @@ class Placement:
         """Engines on the node that has most."""
         assignment = self.assignment
         return max(assignment.neighbours(assignment.engines, e) for e in assignment.engines)
-
-    @property
-    def one_machine(self) -> bool:
-        """Whether all ranks and engines share a node, and so its memory."""
-        return len(set(self.assignment.bundles)) == 1
 
     def check(self) -> None:
         """Raises NodeLost if a node of the run answers no more."""

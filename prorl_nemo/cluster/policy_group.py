@@ -125,7 +125,7 @@ class PolicyGroup:
         self._processes: list[psutil.Process] = []
         self._stages: dict[int, list[Any]] = {}
         self._last_parts: dict[int, tuple[Any, ...]] = {}
-        self._one_machine = placement.one_machine if placement else len(ray.nodes()) == 1
+        self._one_machine = placement.assignment.one_machine if placement else len(ray.nodes()) == 1
         self._ranks = []
         for rank in range(recipe.policy.ranks):
             options = placement.rank_options(rank) if placement else {"num_cpus": 0}

@@ -49,6 +49,13 @@ def test_by_hand_on_cpus() -> None:
     assert assign(nodes(0, 0), policy(), 1).ranks == (0,)
 
 
+def test_memory_is_shared_by_what_runs_on_one_node() -> None:
+    assert assign(nodes(8), policy(data=4), 4).one_machine
+    assert not assign(nodes(2, 2), policy(data=4), 4).one_machine
+    assert assign(nodes(0), policy(tensor=2), 2).one_machine
+    assert not assign(nodes(0, 0), policy(tensor=2, data=2), 3).one_machine
+
+
 def test_login_node_without_gpus_gets_nothing() -> None:
     assert set(assign(nodes(0, 4), policy(data=4), 4).bundles) == {"id1"}
 
