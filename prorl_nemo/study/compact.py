@@ -84,7 +84,9 @@ def compact(run_dir: Path, recipe: Recipe, **more: Any) -> dict[str, Any]:
         "format": FORMAT,
         "run": run_dir.name,
         **more,
-        "recipe": recipe.model_dump(mode="json", exclude={"runs_dir"}),
+        # Of the model its name only: where it lies is nobody else's business, and its sum counts.
+        "recipe": recipe.model_dump(mode="json", exclude={"runs_dir"})
+        | {"model": Path(recipe.model).name},
         "versions": _versions(),
         "processor": _processor(),
         "steps": steps,

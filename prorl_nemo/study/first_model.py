@@ -49,7 +49,8 @@ def first_model(study: Study, console: Console) -> FirstModel | None:
         if made is None:
             return None
         _copy(made, folder)
-        console.print(f"first model: {folder}; commit it with the results", markup=False)
+        said = f"first model: {folder}; commit it with the results"
+        console.print(said, markup=False, soft_wrap=True)
     check_model_folder(folder)
     _same_recipe(study, settings)
     return FirstModel(folder, folder_sha256(folder))

@@ -36,7 +36,8 @@ def draw_forest(rows: Sequence[tuple[str, Estimate]], title: str) -> str:
             f'x2="{x(value):.1f}" y2="{bottom}"/>'
         )
         parts.append(
-            f'<text x="{x(value):.1f}" y="{bottom + 20}" text-anchor="middle">{value:+g}</text>'
+            f'<text x="{x(value):.1f}" y="{bottom + 20}" text-anchor="middle">'
+            f"{value:{'+g' if value else 'g'}}</text>"
         )
     for place, (name, found) in enumerate(rows):
         y = _TOP + _ROW * place + 4

@@ -75,7 +75,7 @@ def _panel(panel: Panel, left: float, top: float, width: float, last: int) -> li
     if high <= low:
         high = low + (abs(low) or 1.0)
     high += 0.05 * (high - low)
-    x0, x1, y0, y1 = left + _LEFT, left + width - 6, top + ROW - _BOTTOM - 14, top + _TOP
+    x0, x1, y0, y1 = left + _LEFT, left + width - 20, top + ROW - _BOTTOM - 14, top + _TOP
 
     def x(step: float) -> float:
         return x0 + step / last * (x1 - x0)

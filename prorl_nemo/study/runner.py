@@ -140,7 +140,8 @@ def _ask(study: Study, folder: Path, console: Console) -> Counts | None:
     """See `probe`. A stop is taken up between two tasks."""
     recipe = study.main_recipe
     prompts = study.probe.prompts_per_task * len(recipe.data.sources)
-    console.print(f"asking {folder}: {prompts} prompts, {study.probe.samples} samples of each")
+    about = f"asking {folder}: {prompts} prompts, {study.probe.samples} samples of each"
+    console.print(about, markup=False, soft_wrap=True)
     stop = StopWatch(recipe.faults.stop_seconds)
     with stop.listening():
         return probe(recipe, folder, study.probe, lambda: stop.should_stop(0.0) is not None)

@@ -573,14 +573,14 @@ def test_panels_by_hand() -> None:
         tuple(map(float, point.split())) for point in paths[0]["d"].removeprefix("M").split("L")
     )
     # The range of steps fills the width, and the highest value is just below the top.
-    assert (first[0], last[0]) == (44.0, 413.0) and first[1] > last[1] > 44 + 30
+    assert (first[0], last[0]) == (44.0, 399.0) and first[1] > last[1] > 44 + 30
     # All panels have the same steps: half of them is half of the width.
     flat = [float(point.split()[0]) for point in paths[2]["d"].removeprefix("M").split("L")]
     assert flat[1] - flat[0] == pytest.approx((last[0] - first[0]) / 2, abs=0.11)
     texts = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
     assert "<a>" in texts and "empty" not in texts
     marks = [line for line in root.iter() if line.attrib.get("class") == "at"]
-    assert [float(mark.attrib["x1"]) for mark in marks] == [228.5]
+    assert [float(mark.attrib["x1"]) for mark in marks] == [221.5]
 
 
 def test_pages(tmp_path: Path) -> None:
