@@ -39,10 +39,6 @@ from prorl_nemo.training.validation import validation_row
 UPDATE_PHASES = ("logprobs", "reference", "train", "sync", "validate")
 
 
-class RestartNeeded(Exception):
-    """The processes must be started anew, from the last checkpoint."""
-
-
 class Trainer:
     """A run from its current step on.
 
@@ -284,9 +280,6 @@ class Trainer:
 
     def event(self, event: str, **details: Any) -> None:
         self.view.event(self.log.event(event, self.step, **details))
-        if event == "engine_restarted" and self.recipe.rollout.deterministic:
-            # The requests sent again are not computed together with those that have finished.
-            raise RestartNeeded("rollout.deterministic: an engine was replaced in mid-batch")
 
     def _write(self, row: dict[str, Any]) -> None:
         written = self.log.metrics(row)

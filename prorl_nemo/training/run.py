@@ -19,7 +19,7 @@ from prorl_nemo.model_source import resolve_model
 from prorl_nemo.recipe import Recipe
 from prorl_nemo.reporting import write_report
 from prorl_nemo.training.live_view import LiveView
-from prorl_nemo.training.loop import RestartNeeded, Trainer
+from prorl_nemo.training.loop import Trainer
 from prorl_nemo.training.metrics import METRICS, RunLog, read_rows
 from prorl_nemo.training.preflight import check_resources
 from prorl_nemo.training.reset_rules import ResetRules
@@ -29,6 +29,11 @@ from prorl_nemo.training.saving import SaveFailed
 from prorl_nemo.training.session import open_session
 from prorl_nemo.training.stopping import OutOfTime, StopRequested, StopWatch, seconds_left
 from prorl_nemo.training.tracking import CLOSE_SECONDS, Tracker, check_installed
+
+
+class RestartNeeded(Exception):
+    """The processes must be started anew, from the last checkpoint."""
+
 
 FAULTS = (PolicyError, NodeLost, RestartNeeded)
 """What a new start of the processes mends. Not `FleetError`: each engine was started anew until
@@ -164,3 +169,6 @@ class _Run:
 
     def _event(self, event: str, details: dict[str, Any]) -> None:
         self.view.event(self.log.event(event, self.step, **details))
+        if event == "engine_restarted" and self.recipe.rollout.deterministic:
+            # What the new engine computes is not what the old one would have computed together.
+            raise RestartNeeded("rollout.deterministic: an engine was replaced")

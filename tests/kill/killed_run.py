@@ -257,7 +257,11 @@ def main() -> None:
     missing = len(found["kills"]) < expected
     if missing:
         print(f"only {len(found['kills'])} of {expected} kills happened: use more --steps")
-    sys.exit(bool(found["differences"]) or missing)
+    # Also after an engine's death: in deterministic mode a new one must not go on in its place.
+    alone = found["restarts_by_itself"] != len(ACTORS)
+    if alone:
+        print(f"{found['restarts_by_itself']} restarts by itself, expected {len(ACTORS)}")
+    sys.exit(bool(found["differences"]) or missing or alone)
 
 
 if __name__ == "__main__":
