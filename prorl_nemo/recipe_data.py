@@ -119,8 +119,9 @@ class BuildSource(Section):
     @model_validator(mode="after")
     def _of_its_source(self) -> BuildSource:
         generated = self.source == "reasoning_gym"
-        wrong = ("path", "revision") if generated else ("tasks", "seconds_per_item")
-        wrong += ("revision",) if self.source == "records" else ()
+        wrong = ["path", "revision"] if generated else ["tasks", "seconds_per_item"]
+        if self.source == "records":
+            wrong.append("revision")
         # By value: a resolved recipe holds every key with its default.
         defaults = type(self).model_fields
         given = [key for key in wrong if getattr(self, key) != defaults[key].default]
