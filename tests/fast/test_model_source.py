@@ -6,6 +6,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from prorl_nemo.errors import ModelError
 from prorl_nemo.model_source import check_model_folder, resolve_model, tiny_model
 from prorl_nemo.tiny_model import Family
 
-FAMILIES: tuple[Family, ...] = ("llama", "qwen2", "qwen3")
+FAMILIES: tuple[Family, ...] = get_args(Family)
 
 
 @pytest.fixture()
@@ -211,7 +212,7 @@ def test_tiny_model_refuses_what_does_not_fit(tmp_path: Path) -> None:
         tiny_model("llama", tmp_path / "m", vocab_size=259)
     with pytest.raises(ModelError, match="kv_heads"):
         tiny_model("llama", tmp_path / "m", heads=4, kv_heads=3)
-    with pytest.raises(ModelError, match="none of llama, qwen2, qwen3"):
+    with pytest.raises(ModelError, match="none of llama, "):
         tiny_model("gpt", tmp_path / "m")  # type: ignore[arg-type]
     taken = tmp_path / "taken"
     taken.mkdir()

@@ -13,15 +13,17 @@ import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, get_args
 
 import torch
+
+from prorl_nemo.tiny_model import Family
 
 Task = Callable[..., Any]
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # What the tasks' modules import: without transformers each rank would spend 3 s of a core on it.
-_FAMILIES = [f"transformers.models.{name}.modeling_{name}" for name in ("llama", "qwen2", "qwen3")]
+_FAMILIES = [f"transformers.models.{name}.modeling_{name}" for name in get_args(Family)]
 _CONTEXT.set_forkserver_preload(["prorl_nemo.megatron.policy_worker", "pytest", *_FAMILIES])
 
 
