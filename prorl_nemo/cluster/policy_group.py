@@ -71,8 +71,18 @@ class _RankActor:
         """Host and process id. Answers while the rank computes, not when it is stopped or gone."""
         return socket.gethostname(), os.getpid()
 
-    def weights(self, transfer: str, one_machine: bool) -> Iterator[Any]:
-        """Buckets of this rank's pieces, or whole ones from the first that shares a matrix."""
+    def memory_file(self) -> Any:
+        """A new memory file for the weights of the ranks that share matrices with this one."""
+        from prorl_nemo.rollout.shared_weights import make_memory_file
+
+        return make_memory_file()
+
+    def weights(self, transfer: str, file: Any) -> Iterator[Any]:
+        """Buckets of this rank's pieces, or whole ones from the first that shares a matrix.
+
+        Args:
+            file: of all ranks that share matrices, where the engines are on the same machine.
+        """
         from prorl_nemo.rollout.broadcast_weights import broadcast_buckets
         from prorl_nemo.rollout.cuda_weights import share_buckets
         from prorl_nemo.rollout.shared_weights import SharedWeights
@@ -81,10 +91,12 @@ class _RankActor:
         worker, rollout = self.worker, self.arguments[0].rollout
         limit = bucket_bytes(worker.weight_bytes)
         if transfer == "host":
-            if one_machine:
-                self.memory = self.memory or SharedWeights()
-            pack = self.memory.pack_buckets if one_machine else pack_buckets
-            yield from pack(worker.export_pieces(), limit=limit, first=worker.publishes)
+            pieces = worker.export_pieces()
+            if file is None:
+                yield from pack_buckets(pieces, limit=limit, first=worker.publishes)
+                return
+            self.memory = self.memory or SharedWeights(file, *worker.tensor_rank)
+            yield from self.memory.pack_buckets(pieces, limit=limit)
         elif not worker.publishes:
             deque(worker.export_weights(), maxlen=0)
         elif transfer == "broadcast":
@@ -124,6 +136,7 @@ class PolicyGroup:
         self._silent_seconds = float(recipe.faults.silent_seconds)
         self._processes: list[psutil.Process] = []
         self._stages: dict[int, list[Any]] = {}
+        self._files: dict[int, Any] = {}
         self._last_parts: dict[int, tuple[Any, ...]] = {}
         self._one_machine = placement.assignment.one_machine if placement else len(ray.nodes()) == 1
         self._ranks = []
@@ -221,12 +234,17 @@ class PolicyGroup:
             for rank, stage in zip(self._ranks, self._call("stage"), strict=True):
                 if stage is not None:
                     self._stages.setdefault(stage, []).append(rank)
+            if self._one_machine:
+                firsts = [ranks[0].memory_file.remote() for ranks in self._stages.values()]
+                self._files = dict(zip(self._stages, self._get(firsts), strict=True))
         stages = [
             [
-                rank.weights.options(num_returns="streaming").remote(transfer, self._one_machine)
+                rank.weights.options(num_returns="streaming").remote(
+                    transfer, self._files.get(stage)
+                )
                 for rank in ranks
             ]
-            for _, ranks in sorted(self._stages.items())
+            for stage, ranks in sorted(self._stages.items())
         ]
         self._last_parts.clear()
         for stage, streams in enumerate(stages):

@@ -341,6 +341,14 @@ class PolicyWorker:
         return self.stage() is not None and parallel_state.get_tensor_model_parallel_rank() == 0
 
     @property
+    def tensor_rank(self) -> tuple[int, int]:
+        """This rank's place among those that share matrices, and their number."""
+        return (
+            parallel_state.get_tensor_model_parallel_rank(),
+            parallel_state.get_tensor_model_parallel_world_size(),
+        )
+
+    @property
     def weight_bytes(self) -> int:
         """Of this rank's stages."""
         return sum(p.nbytes for chunk in self.chunks for p in chunk.parameters())

@@ -158,7 +158,7 @@ class VllmEngine:
         """Open a weight update that arrives in buckets (`load_bucket`, `finish_update`)."""
         if self._update is not None:
             raise EngineError("a weight update is already open")
-        self._buckets = queue.Queue(maxsize=1)
+        self._buckets = queue.Queue(maxsize=4)
         arriving = self._arriving(self._buckets)
         self._update = self._post(lambda: self._reload(version, arriving))
 

@@ -1,9 +1,10 @@
-"""Policy weights in a memory file of the trainer rank, which engines on the same machine map.
+"""Policy weights in a memory file of the trainer, which engines on the same machine map.
 
 The object store gives every update new pages, which sender and receiver have to touch for the first
-time; that costs more than copying them. A memory file stays from update to update: the rank copies
-its weights into the same place, and the engines read them there. It has no name in any folder, and
-is gone with the processes that map it. Our choice.
+time; that costs more than copying them. A memory file stays from update to update: the ranks copy
+their weights into the same places, and the engines read them there. Ranks that share matrices write
+their pieces side by side into one file, so that nobody joins them. The file has no name in any
+folder, and is gone with the processes that map it. Our choice.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 
 from prorl_nemo.rollout.flat_buffers import ALIGNMENT
-from prorl_nemo.rollout.weights import BUCKET_BYTES, Entry, Piece, WeightBucket, pack_buckets
+from prorl_nemo.rollout.weights import BUCKET_BYTES, Entry, Piece, WeightBucket, grouped
 
 _ROOM = 64 << 20
 """The file grows by as much: mapping it again costs its pages once more."""
@@ -36,98 +37,134 @@ class MemoryFile(NamedTuple):
     process: int
     descriptor: int
     inode: int
-    size: int
+
+    def open(self, flags: int) -> int:
+        """A descriptor of this process. Raises ValueError if the file's process has ended."""
+        try:
+            descriptor = os.open(f"/proc/{self.process}/fd/{self.descriptor}", flags)
+        except OSError as error:
+            raise ValueError(f"weights of process {self.process}: {error.strerror}") from None
+        if os.fstat(descriptor).st_ino != self.inode:
+            os.close(descriptor)
+            raise ValueError(f"weights of process {self.process}: it has other ones now")
+        return descriptor
 
 
-class Span(NamedTuple):
-    """A tensor's first byte in the file, and its shape."""
+class Place(NamedTuple):
+    """Where a whole tensor lies in the file.
 
+    Attributes:
+        shape: of all ranks' pieces together.
+        dim, size: of `shape`, what belongs to the tensor; see `weights.join`.
+    """
+
+    name: str
+    dtype: str
     start: int
     shape: tuple[int, ...]
+    dim: int | None
+    size: int | None
 
 
 @dataclass(frozen=True)
 class SharedBucket:
     """Some of a model's tensors in a memory file. Unpickled it is a `WeightBucket` of views.
 
-    What it shows changes with the next update of the rank that made it.
-
-    Attributes:
-        entries: with a `Span` in the place of the array.
+    What it shows changes with the next update of the ranks that made it. All but the first of
+    them name no tensors: their bucket says that their pieces are written.
     """
 
     file: MemoryFile
-    entries: tuple[Entry, ...]
+    bytes: int
+    places: tuple[Place, ...]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return attach, (self.file, self.entries)
+        return attach, (self.file, self.bytes, self.places)
+
+
+def make_memory_file() -> MemoryFile:
+    """An empty one, which lives as long as this process."""
+    descriptor = os.memfd_create("weights")
+    return MemoryFile(os.getpid(), descriptor, os.fstat(descriptor).st_ino)
 
 
 class SharedWeights:
-    """A rank's memory file. Made once, used for every update."""
+    """What one rank writes into the file of all ranks that share matrices, update after update.
 
-    def __init__(self) -> None:
-        self._descriptor = os.memfd_create("weights")
-        self._inode = os.fstat(self._descriptor).st_ino
-        self._size = self._end = 0
+    Args:
+        rank, ranks: its place among them.
+    """
+
+    def __init__(self, file: MemoryFile, rank: int = 0, ranks: int = 1) -> None:
+        self._file, self._rank, self._ranks = file, rank, ranks
+        self._descriptor = file.open(os.O_RDWR)
         self._memory = torch.empty(0, dtype=torch.uint8)
 
     def __del__(self) -> None:
-        os.close(self._descriptor)
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
 
     def pack_buckets(
         self,
         pieces: Iterable[Piece | tuple[str, torch.Tensor]],
         dtype: torch.dtype | None = None,
         limit: int = BUCKET_BYTES[1],
-        first: bool = True,
     ) -> Iterator[SharedBucket]:
-        """As `weights.pack_buckets`; the update before must have been read."""
-        self._end = 0
-        for bucket in pack_buckets(pieces, dtype, limit, first, self._keep):
-            file = MemoryFile(os.getpid(), self._descriptor, self._inode, self._size)
-            yield SharedBucket(file, bucket.entries)
+        """As `weights.pack_buckets`; what was written for the update before must have been read."""
+        end = 0
+        for group in grouped(pieces, dtype, limit):
+            places = []
+            for (name, tensor, dim, size), kind in group:
+                shape = list(tensor.shape)
+                if dim is not None:
+                    shape[dim] *= self._ranks
+                start = math.ceil(end / ALIGNMENT) * ALIGNMENT
+                end = start + math.prod(shape) * kind.itemsize
+                self._reserve(end)
+                if dim is not None or self._rank == 0:
+                    whole = self._memory[start:end].view(kind).view(shape)
+                    self._part(whole, dim).copy_(tensor.detach())
+                shown = str(kind).removeprefix("torch.")
+                places.append(Place(name, shown, start, tuple(shape), dim, size))
+            named = tuple(places) if self._rank == 0 else ()
+            yield SharedBucket(self._file, self._memory.nbytes, named)
 
-    def _keep(self, tensor: torch.Tensor, dtype: torch.dtype) -> Span:
-        start = math.ceil(self._end / ALIGNMENT) * ALIGNMENT
-        self._end = start + tensor.numel() * dtype.itemsize
-        if self._end > self._size:
-            self._size = math.ceil(self._end / _ROOM) * _ROOM
-            os.ftruncate(self._descriptor, self._size)
-            # What the smaller map showed is shown by this one too: it is the same memory.
-            mapped = mmap.mmap(self._descriptor, self._size)
-            self._memory = torch.frombuffer(mapped, dtype=torch.uint8)
-        self._memory[start : self._end].view(dtype).view(tensor.shape).copy_(tensor)
-        return Span(start, tuple(tensor.shape))
+    def _part(self, whole: torch.Tensor, dim: int | None) -> torch.Tensor:
+        return whole if dim is None else whole.chunk(self._ranks, dim)[self._rank]
+
+    def _reserve(self, size: int) -> None:
+        if size <= self._memory.nbytes:
+            return
+        size = math.ceil(size / _ROOM) * _ROOM
+        # Never makes it smaller, whichever rank is ahead.
+        os.posix_fallocate(self._descriptor, 0, size)
+        self._memory = torch.frombuffer(mmap.mmap(self._descriptor, size), dtype=torch.uint8)
 
 
-def attach(file: MemoryFile, entries: tuple[Entry, ...]) -> WeightBucket:
-    """The tensors as read-only views of the sender's memory.
+def attach(file: MemoryFile, size: int, places: tuple[Place, ...]) -> WeightBucket:
+    """The tensors as read-only views of the senders' memory.
 
     Raises:
         ValueError: the file is gone: its process has ended.
     """
-    memory = _mapped(file)
-    found = []
-    for entry in entries:
-        start, shape = entry.array
-        dtype = getattr(torch, entry.dtype)
+    memory = _mapped(file, size) if places else np.empty(0, dtype=np.uint8)
+    entries = []
+    for place in places:
+        dtype = getattr(torch, place.dtype)
         # NumPy has no bfloat16; see weights.py.
-        stored = np.int16 if dtype == torch.bfloat16 else np.dtype(entry.dtype)
-        end = start + math.prod(shape) * dtype.itemsize
-        found.append(entry._replace(array=memory[start:end].view(stored).reshape(shape)))
-    return WeightBucket(tuple(found))
+        stored = np.int16 if dtype == torch.bfloat16 else np.dtype(place.dtype)
+        end = place.start + math.prod(place.shape) * dtype.itemsize
+        array = memory[place.start : end].view(stored).reshape(place.shape)
+        if place.dim is not None:
+            array = array[(slice(None),) * place.dim + (slice(place.size),)]
+        entries.append(Entry(place.name, place.dtype, array, None, None))
+    return WeightBucket(tuple(entries))
 
 
 @lru_cache(maxsize=64)
-def _mapped(file: MemoryFile) -> np.ndarray:
+def _mapped(file: MemoryFile, size: int) -> np.ndarray:
+    descriptor = file.open(os.O_RDONLY)
     try:
-        descriptor = os.open(f"/proc/{file.process}/fd/{file.descriptor}", os.O_RDONLY)
-    except OSError as error:
-        raise ValueError(f"weights of process {file.process}: {error.strerror}") from None
-    try:
-        if os.fstat(descriptor).st_ino != file.inode:
-            raise ValueError(f"weights of process {file.process}: it has other ones now")
-        return np.frombuffer(mmap.mmap(descriptor, file.size, prot=mmap.PROT_READ), dtype=np.uint8)
+        return np.frombuffer(mmap.mmap(descriptor, size, prot=mmap.PROT_READ), dtype=np.uint8)
     finally:
         os.close(descriptor)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -20,7 +20,7 @@ import torch
 BUCKET_BYTES = 16 << 20, 256 << 20
 """Least and most: per-message costs vanish, and two of them in flight do not matter."""
 
-BUCKETS = 16
+BUCKETS = 4
 """Of a model between these: the engines load the first while the trainer packs the second."""
 
 
@@ -107,10 +107,26 @@ class WeightBucket:
             raise ValueError("a rank sent more pieces than the first")
 
 
-def host_array(tensor: torch.Tensor, dtype: torch.dtype) -> np.ndarray:
-    """A tensor of any device as an array, bf16 as 16-bit patterns; copied only if it must be."""
-    host = tensor.to(device="cpu", dtype=dtype).contiguous()
-    return host.view(torch.int16).numpy() if dtype == torch.bfloat16 else host.numpy()
+def grouped(
+    pieces: Iterable[Piece | tuple[str, torch.Tensor]], dtype: torch.dtype | None, limit: int
+) -> Iterator[list[tuple[Piece, torch.dtype]]]:
+    """Pieces with the type they travel in, by about `limit` bytes; a larger one is alone.
+
+    Pieces of all ranks are of one size, so their groups begin and end alike.
+    """
+    group: list[tuple[Piece, torch.dtype]] = []
+    size = 0
+    for given in pieces:
+        piece = Piece(*given)
+        kind = dtype or piece.tensor.dtype
+        nbytes = piece.tensor.numel() * kind.itemsize
+        if group and size + nbytes > limit:
+            yield group
+            group, size = [], 0
+        group.append((piece, kind))
+        size += nbytes
+    if group:
+        yield group
 
 
 def pack_buckets(
@@ -118,7 +134,6 @@ def pack_buckets(
     dtype: torch.dtype | None = None,
     limit: int = BUCKET_BYTES[1],
     first: bool = True,
-    keep: Callable[[torch.Tensor, torch.dtype], Any] = host_array,
 ) -> Iterator[WeightBucket]:
     """Group a stream of tensors into buckets of about `limit` bytes, in the given order.
 
@@ -128,22 +143,15 @@ def pack_buckets(
         limit: a larger tensor gets a bucket of its own.
         first: whether this is the first of the ranks that hold pieces. It alone packs what all
             of them have whole; the buckets of all ranks begin with the same tensor.
-        keep: makes of a tensor, as the engine's type, what stands for it in its `Entry`.
     """
-    entries: list[Entry] = []
-    size = 0
-    for piece in pieces:
-        name, tensor, dim, whole = Piece(*piece)
-        kind = dtype or tensor.dtype
-        nbytes = tensor.numel() * kind.itemsize
-        if size and size + nbytes > limit:
-            yield WeightBucket(tuple(entries))
-            entries, size = [], 0
-        if first or dim is not None:
-            shown = str(kind).removeprefix("torch.")
-            entries.append(Entry(name, shown, keep(tensor.detach(), kind), dim, whole))
-        size += nbytes
-    if size:
+    for group in grouped(pieces, dtype, limit):
+        entries = []
+        for (name, tensor, dim, size), kind in group:
+            if first or dim is not None:
+                host = tensor.detach().to(device="cpu", dtype=kind).contiguous()
+                array = host.view(torch.int16) if kind == torch.bfloat16 else host
+                shown = str(kind).removeprefix("torch.")
+                entries.append(Entry(name, shown, array.numpy(), dim, size))
         yield WeightBucket(tuple(entries))
 
 
