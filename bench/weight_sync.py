@@ -33,7 +33,7 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
 CASES = tuple(itertools.product(("bf16", "fp32"), (1, 2), (1, 2)))
 """(precision, trainer ranks, engines)."""
 
-REPEATS = 5
+REPEATS = 15
 
 
 @ray.remote
