@@ -1,15 +1,17 @@
 """A policy update on its way into the engines: seconds, against what it cannot go below.
 
-Trainer ranks -> Ray's object store -> engines, for float32 and bfloat16, one and two trainer ranks
-(tensor parallel), one and two engines. Beside it, for the same tensors: vLLM's own
-`reload_weights` inside as many processes at once as there are engines, which is what the engines
-have to do in any case, and a plain copy of the same bytes. Least of several repeats.
+Trainer ranks -> memory file -> engines, for float32 and bfloat16, one and two trainer ranks (tensor
+parallel), one and two engines. Beside it, for the same tensors: vLLM's own `reload_weights` inside
+as many processes at once as there are engines, which is what the engines have to do in any case,
+and a plain copy of the same bytes. Update and reload take turns, so that both meet the machine in
+the same mood; least and median of the repeats.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -48,60 +50,60 @@ class Alone:
             for path in sorted(Path(settings.model).glob("*.safetensors"))
             for name, tensor in load_file(path).items()
         }
+        self.targets = [torch.empty_like(tensor) for tensor in self.tensors.values()]
 
     def reload(self) -> float:
-        return best(lambda: self.engine.update_weights(1, self.tensors.items()))
+        return seconds_of(lambda: self.engine.update_weights(1, self.tensors.items()))
 
     def copy(self) -> float:
-        targets = [torch.empty_like(tensor) for tensor in self.tensors.values()]
-
         def copy() -> None:
-            for target, tensor in zip(targets, self.tensors.values(), strict=True):
+            for target, tensor in zip(self.targets, self.tensors.values(), strict=True):
                 target.copy_(tensor)
 
-        return best(copy)
+        return seconds_of(copy)
 
     def megabytes(self) -> float:
         return sum(tensor.nbytes for tensor in self.tensors.values()) / 1e6
 
 
-def best(action: Callable[[], Any]) -> float:
-    """Least seconds of a few repeats, after one that warms up."""
-    times = []
-    for _ in range(REPEATS + 1):
-        started = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - started)
-    return min(times[1:])
+def seconds_of(action: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
 
 
-def alone(settings: EngineSettings, engines: int) -> dict[str, float]:
-    """What the engines need by themselves, all at the same time."""
+def measured(recipe: Recipe, folder: Path, settings: EngineSettings) -> dict[str, float]:
+    """Seconds of an update, which is then proved to have arrived, of reload and of copy."""
+    engines = recipe.rollout.engines
     environment: dict[str, Any] = {"env_vars": settings.environment()}
-    actors = [
+    alone = [
         Alone.options(num_cpus=0, runtime_env=environment).remote(settings) for _ in range(engines)
     ]
-    try:
-        return {
-            "megabytes": ray.get(actors[0].megabytes.remote()),
-            "reload_seconds": max(ray.get([actor.reload.remote() for actor in actors])),
-            "copy_seconds": ray.get(actors[0].copy.remote()),
-        }
-    finally:
-        for actor in actors:
-            ray.kill(actor)
-
-
-def synced(recipe: Recipe, folder: Path, settings: EngineSettings, engines: int) -> float:
-    """Seconds of an update from the trainer's ranks, which is then proved to have arrived."""
     policy, fleet = PolicyGroup(recipe, folder), Fleet(settings, engines)
+    times: dict[str, list[float]] = {"sync": [], "reload": [], "copy": []}
     try:
-        seconds = best(lambda: fleet.update_weights(1, policy.weights()))
+        megabytes = ray.get(alone[0].megabytes.remote())
+        for _ in range(REPEATS + 2):
+            times["sync"].append(seconds_of(lambda: fleet.update_weights(1, policy.weights())))
+            times["reload"].append(max(ray.get([actor.reload.remote() for actor in alone])))
+            times["copy"].append(ray.get(alone[0].copy.remote()))
         fleet.verify_weights(policy.weight_checksums(settings.dtype))
-        return seconds
     finally:
         fleet.shutdown()
         policy.shutdown()
+        for actor in alone:
+            ray.kill(actor)
+    # The first two warm up: pages are touched for the first time.
+    kept = {name: found[2:] for name, found in times.items()}
+    least = {name: min(found) for name, found in kept.items()}
+    pairs = zip(kept["sync"], kept["reload"], strict=True)
+    return {
+        "megabytes": megabytes,
+        **{f"{name}_seconds": seconds for name, seconds in least.items()},
+        "sync_over_reload": least["sync"] / least["reload"],
+        "sync_over_reload_median": statistics.median(sync / reload for sync, reload in pairs),
+        "sync_over_copy": least["sync"] / least["copy"],
+    }
 
 
 def main(json_path: Path | None) -> None:
@@ -109,7 +111,6 @@ def main(json_path: Path | None) -> None:
     rows: list[dict[str, Any]] = []
     start_ray()
     try:
-        limits: dict[tuple[str, int], dict[str, float]] = {}
         for precision, ranks, engines in CASES:
             recipe = load_recipe(
                 RECIPE,
@@ -121,25 +122,13 @@ def main(json_path: Path | None) -> None:
             )
             folder = resolve_model(recipe.model)
             settings = EngineSettings.from_recipe(recipe, folder)
-            if (precision, engines) not in limits:
-                limits[precision, engines] = alone(settings, engines)
-            limit, seconds = limits[precision, engines], synced(recipe, folder, settings, engines)
-            rows.append(
-                {
-                    "precision": precision,
-                    "ranks": ranks,
-                    "engines": engines,
-                    **limit,
-                    "sync_seconds": seconds,
-                    "sync_over_reload": seconds / limit["reload_seconds"],
-                    "sync_over_copy": seconds / limit["copy_seconds"],
-                }
-            )
+            found = measured(recipe, folder, settings)
+            rows.append({"precision": precision, "ranks": ranks, "engines": engines, **found})
     finally:
         ray.shutdown()
     table = Table(title=f"weights of {recipe.model} into the engines")
-    columns = ("precision", "ranks", "engines", "sync, s", "reload, s", "copy, s", "sync/reload")
-    for column in columns:
+    names = ("precision", "ranks", "engines", "sync, s", "reload, s", "copy, s", "ratio")
+    for column in (*names, "median ratio"):
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
@@ -150,6 +139,7 @@ def main(json_path: Path | None) -> None:
             f"{row['reload_seconds']:.2f}",
             f"{row['copy_seconds']:.3f}",
             f"{row['sync_over_reload']:.2f}",
+            f"{row['sync_over_reload_median']:.2f}",
         )
     Console().print(table)
     if json_path:
