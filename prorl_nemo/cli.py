@@ -140,7 +140,7 @@ def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(help="GPUs; whole nodes of 8 where there are more.")] = 8,
-    gpu: Annotated[str, typer.Option(help="a100, h100, h200 or b200.")] = "h100",
+    gpu: Annotated[str, typer.Option(help="a100, h100, h200, b200 or gb200.")] = "h100",
     model: Annotated[
         str | None, typer.Option(help="Folder or name of a model of the same shape.")
     ] = None,

@@ -45,6 +45,7 @@ GPUS = {
         Gpu("h100", 79 * GIB, 989e12, 3.35e12, 450e9, 50e9, 50e9, (9, 0)),
         Gpu("h200", 139 * GIB, 989e12, 4.8e12, 450e9, 50e9, 50e9, (9, 0)),
         Gpu("b200", 178 * GIB, 2250e12, 7.7e12, 900e9, 50e9, 50e9, (10, 0)),
+        Gpu("gb200", 184 * GIB, 2500e12, 8.0e12, 900e9, 50e9, 200e9, (10, 0)),
     )
 }
 """80 GB variants with SXM; one 400 Gb/s network card (A100: 200) for each GPU."""

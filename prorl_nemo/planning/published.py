@@ -99,7 +99,7 @@ RUNS = (
         "BroRL, 16K", "arXiv 2510.01180", _R1, "h100", 64, 128, 512, 16384, 58.2, keep_rate=0.62
     ),
     _nemo_rl("h100", 16, 92.8),
-    _nemo_rl("b200", 8, 91.0),
+    _nemo_rl("gb200", 8, 91.0),
 )
 GENERATION = ((RUNS[0], 36.5), (RUNS[3], 72.4))
 """Responses a second while generating, of the runs that publish it."""
