@@ -132,6 +132,13 @@ class _Run:
                 # A node was lost, and Ray has noticed before whoever watches the nodes.
                 raise FaultError(f"{error}\n  That was enough when the run began") from error
             except FAULTS as fault:
+                if reason := self.should_stop(0.0):
+                    # Slurm ends all processes of a cancelled job at once; new ones would be too.
+                    self._event("stopped", {"reason": f"{reason}, without saving: {fault}"})
+                    raise UserError(
+                        f"{reason}: {fault}, before the last step was saved; the same command "
+                        "resumes from the last checkpoint"
+                    ) from fault
                 step = self.step
                 restarts = 1 if step > reached else restarts + 1
                 reached = max(reached, step)
@@ -169,6 +176,10 @@ class _Run:
 
     def _event(self, event: str, details: dict[str, Any]) -> None:
         self.view.event(self.log.event(event, self.step, **details))
-        if event == "engine_restarted" and self.recipe.rollout.deterministic:
+        if event != "engine_restarted":
+            return
+        if reason := self.should_stop(0.0):
+            raise StopRequested(reason)  # Not to wait for an engine that nobody needs.
+        if self.recipe.rollout.deterministic:
             # What the new engine computes is not what the old one would have computed together.
             raise RestartNeeded("rollout.deterministic: an engine was replaced")
