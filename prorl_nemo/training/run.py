@@ -154,6 +154,13 @@ class _Run:
                 self._event("restarted", {"reason": str(fault), "reached_step": step})
 
     def _once(self, changes: dict[str, list[Any]]) -> bool:
+        try:
+            self._start(changes)
+        except StopRequested:
+            return False
+        return True
+
+    def _start(self, changes: dict[str, list[Any]]) -> None:
         recipe = self.recipe
         with open_session(recipe, self.folder, self._event, self.view.phase) as session:
             trainer = Trainer(
@@ -168,11 +175,7 @@ class _Run:
                 trainer.event("run_started", recipe=recipe.fingerprint)
             if changes:
                 trainer.event("recipe_changed", changes=changes)
-            try:
-                trainer.run()
-            except StopRequested:
-                return False
-            return True
+            trainer.run()
 
     def _event(self, event: str, details: dict[str, Any]) -> None:
         self.view.event(self.log.event(event, self.step, **details))
