@@ -71,6 +71,9 @@ def study(
     only: Annotated[
         list[str] | None, typer.Option(help="Name of a variant; may be given again.")
     ] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="Runs of this seed alone; may be given again.")
+    ] = None,
     pages: Annotated[
         bool, typer.Option("--pages", help="Figures and tables of the results there are; no run.")
     ] = False,
@@ -88,7 +91,7 @@ def study(
         else:
             from prorl_nemo.study.runner import run_study
 
-            if not run_study(settings, only or [], Console()):
+            if not run_study(settings, only or [], Console(), seed or []):
                 print("stopped and saved; the same command goes on")
                 raise typer.Exit(3)
         print(f"results: {settings.results} (README.md, study.html)")

@@ -30,13 +30,16 @@ from prorl_nemo.training.stopping import StopWatch
 FIRST_PROBE = "first_model.json"
 
 
-def run_study(study: Study, only: Iterable[str], console: Console) -> bool:
+def run_study(
+    study: Study, only: Iterable[str], console: Console, seeds: Iterable[int] = ()
+) -> bool:
     """Run what is missing, then write figures and tables of all results there are.
 
     A run that cannot be finished does not keep the others from being made.
 
     Args:
         only: names of variants; none: all.
+        seeds: of the runs; none: all. Several machines share a study by variants and seeds.
 
     Returns:
         False if it was stopped; the same command goes on.
@@ -45,7 +48,7 @@ def run_study(study: Study, only: Iterable[str], console: Console) -> bool:
         UserError: an unknown variant, results that do not belong together, or at the end: runs
             that could not be finished, and why.
     """
-    runs = list(chosen(study, only))
+    runs = list(chosen(study, only, seeds))
     for variant, seed in runs:
         study.recipe_of(variant, seed)  # Refused now, not after hours.
     done = read_results(study, sha256_of(study))
@@ -76,7 +79,9 @@ def run_study(study: Study, only: Iterable[str], console: Console) -> bool:
     return True
 
 
-def chosen(study: Study, only: Iterable[str]) -> Iterator[tuple[Variant, int]]:
+def chosen(
+    study: Study, only: Iterable[str], seeds: Iterable[int] = ()
+) -> Iterator[tuple[Variant, int]]:
     """Variants and seeds in the order they are run: the first seed of all, then the second ...
 
     So a study that is stopped early has a bit of everything.
@@ -87,9 +92,13 @@ def chosen(study: Study, only: Iterable[str]) -> Iterator[tuple[Variant, int]]:
         known = ", ".join(variant.name for variant in study.variants)
         raise UserError(f"--only: the study has no variant {', '.join(unknown)}; it has {known}")
     variants = [v for v in study.variants if not names or v.name in names]
+    wanted = set(seeds)
+    strange = wanted - {seed for variant in variants for seed in variant.seeds}
+    if strange:
+        raise UserError(f"--seed: no variant that is to be run has seed {min(strange)}")
     for place in range(max(len(variant.seeds) for variant in variants)):
         for variant in variants:
-            if place < len(variant.seeds):
+            if place < len(variant.seeds) and (not wanted or variant.seeds[place] in wanted):
                 yield variant, variant.seeds[place]
 
 

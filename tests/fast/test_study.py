@@ -97,6 +97,17 @@ def test_the_first_seeds_come_first(committed: Study) -> None:
         list(chosen(committed, ["no_cosin"]))
 
 
+def test_a_seed_can_be_chosen(committed: Study) -> None:
+    assert [(v.name, seed) for v, seed in chosen(committed, ["main", "no_kl"], [3, 2])] == [
+        ("main", 2),
+        ("no_kl", 2),
+        ("main", 3),
+        ("no_kl", 3),
+    ]
+    with pytest.raises(UserError, match="--seed: no variant that is to be run has seed 4"):
+        list(chosen(committed, ["main"], [1, 4]))
+
+
 @pytest.mark.parametrize(
     ("variants", "message"),
     [
