@@ -45,7 +45,7 @@ _PRETRAINING = """\
 # Pretraining
 
 `prorl pretrain RECIPE` makes a small model of one's own: untrained weights of Qwen2's \
-architecture, a byte-level BPE trained on the same text, and next-token prediction on worked \
+architecture, a small tokenizer, and next-token prediction on worked \
 problems of Reasoning Gym, by the ranks, packed rows, optimizer and checkpoints of `prorl train`. \
 It is there for studies that need thousands of steps on two cores, which no published model is \
 small enough for. This page is made from `prorl_nemo/recipe_pretrain.py`.
@@ -57,7 +57,13 @@ small enough for. This page is made from `prorl_nemo/recipe_pretrain.py`.
 that RL validates on, never occur.
 * Where a task has short steps that lead to its answer (sums from left to right, Euclid's \
 remainders, ...: `prorl_nemo/pretraining/working.py`), a share of the responses shows them before \
-the answer. The tags of the answer are one token each, digits are tokens of their own.
+the answer.
+* The tokenizer is a byte-level BPE of the words that at least 2 % of a task's problems have: they \
+become one token each, and what questions differ in does not shape the tokens. Digits are apart; \
+the answer's tags and the line that asks for them are one token each. Its rules for cutting text \
+are Qwen2's: transformers loads the tokenizer of any folder of that model type with those.
+* Weights begin normal with deviation 1/√(fan-in): GPT-2's 0.02, meant for widths above 1,000, \
+learns more slowly here.
 * The loss is the mean cross-entropy over the tokens that are predicted. A step is one update.
 * An exam gives the exact chance that a response at temperature 1 is the reference response, \
 without sampling: the least share of samples that are right. `metrics.jsonl` has it by task.

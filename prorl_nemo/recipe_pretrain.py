@@ -48,8 +48,7 @@ class Shape(Section):
         1024,
         ge=272,
         le=65536,
-        description="Tokens of the byte-level BPE trained on the same problems; less where they "
-        "do not hold as many.",
+        description="Most tokens: all bytes, and the words that the tasks ask their questions with.",
     )
 
     @model_validator(mode="after")

@@ -8,6 +8,7 @@ working, or none, may lead to the answer too.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
@@ -22,7 +23,6 @@ from rich.console import Console
 
 from prorl_nemo.cluster.policy_group import PolicyGroup
 from prorl_nemo.data.chat import (
-    FORMAT_INSTRUCTION,
     ChatRenderer,
     PromptDropped,
     chat_messages,
@@ -66,9 +66,8 @@ def pretrain(settings: Pretraining, console: Console) -> Path | None:
                 settings, run_dir, lambda task: console.print(f"problems of {task}")
             )
             first = run_dir / "first"
-            texts = [f"user assistant {FORMAT_INSTRUCTION}", *_texts(train)]
             precision = settings.policy.precision
-            write_first_model(first, settings.shape, texts, settings.seed, precision)
+            write_first_model(first, settings.shape, _texts(train), settings.seed, precision)
             check_model_folder(first)
             run = _Run(settings, first, train, exam, log, checkpoints, console)
             if not run.to_the_end(stop):
@@ -89,10 +88,10 @@ def pretrain(settings: Pretraining, console: Console) -> Path | None:
     return model
 
 
-def _texts(problems: list[Problem]) -> Iterator[str]:
-    for problem in problems:
-        yield problem.question
-        yield problem.response
+def _texts(problems: list[Problem]) -> Iterator[list[str]]:
+    """Those of each task."""
+    for _, of_task in itertools.groupby(problems, key=lambda problem: problem.task):
+        yield [f"{problem.question}\n{problem.response}" for problem in of_task]
 
 
 class Encoder:

@@ -58,10 +58,13 @@ def _gcd(metadata: dict[str, Any]) -> list[str]:
     return steps
 
 
-def _letter_counting(metadata: dict[str, Any]) -> list[str]:
-    """The count in each word; the library ignores case."""
-    letter = metadata["target_letter"].lower()
-    return [f"{word} {word.lower().count(letter)}" for word in metadata["span"]]
+def _fraction_simplification(metadata: dict[str, Any]) -> list[str]:
+    """Both parts divided by their greatest common divisor."""
+    by = metadata["reduction_factor"]
+    return [
+        f"{metadata[part]}/{by}={metadata[f'simplified_{part}']}"
+        for part in ("numerator", "denominator")
+    ]
 
 
 def _simple_equations(metadata: dict[str, Any]) -> list[str]:
@@ -92,11 +95,10 @@ _WRITERS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "chain_sum": _chain_sum,
     "products": _products,
     "gcd": _gcd,
-    "letter_counting": _letter_counting,
+    "fraction_simplification": _fraction_simplification,
     "simple_equations": _simple_equations,
     "simple_geometry": _simple_geometry,
     "number_sequence": _number_sequence,
-    "spell_backward": lambda m: [" ".join(m["word"])],
     "count_bits": lambda m: [" ".join(m["binary"])],
     "base_conversion": lambda m: [str(m["decimal_value"])],
     "count_primes": lambda m: [str(prime) for prime in m["primes"]],

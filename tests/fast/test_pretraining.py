@@ -14,12 +14,17 @@ import pytest
 import reasoning_gym
 import torch
 
-from prorl_nemo.data.chat import ChatRenderer, PromptDropped
+from prorl_nemo.data.chat import (
+    FORMAT_INSTRUCTION,
+    ChatRenderer,
+    PromptDropped,
+    chat_messages,
+)
 from prorl_nemo.errors import RecipeError
 from prorl_nemo.megatron.packing import build_row
 from prorl_nemo.megatron.row_loss import supervised_row_loss
 from prorl_nemo.model_source import check_model_folder
-from prorl_nemo.pretraining.first_model import train_tokenizer, write_first_model
+from prorl_nemo.pretraining.first_model import make_tokenizer, write_first_model
 from prorl_nemo.pretraining.problems import Problem, load_problems, step_of
 from prorl_nemo.pretraining.run import Encoder, batch_of, exam_row
 from prorl_nemo.pretraining.working import working
@@ -57,12 +62,22 @@ def settings(**changes: Any) -> Pretraining:
         ("products", {"expression": "98 * 93"}, "98*90=8820 98*3=294 8820+294=9114"),
         ("gcd", {"numbers": [15, 168]}, "168%15=3 15%3=0"),
         ("gcd", {"numbers": [2, 4, 6]}, None),
-        ("letter_counting", {"target_letter": "e", "span": ["We", "see"]}, "We 1 see 2"),
+        (
+            "fraction_simplification",
+            {
+                "numerator": 12,
+                "denominator": 15,
+                "reduction_factor": 3,
+                "simplified_numerator": 4,
+                "simplified_denominator": 5,
+            },
+            "12/3=4 15/3=5",
+        ),
         ("simple_equations", {"equation": "2*z + 16 = 60"}, "2*z=44"),
         ("simple_equations", {"equation": "2*z - 16 = 60"}, "2*z=76"),
         ("simple_equations", {"equation": "3*z = 60"}, None),
         ("number_sequence", {"sequence": [8, -6, -13, -17, -19]}, "-14 -7 -4"),
-        ("spell_backward", {"word": "sun"}, "s u n"),
+        ("spell_backward", {"word": "sun"}, None),
         ("base_conversion", {"decimal_value": 161}, "161"),
         ("count_primes", {"primes": []}, None),
         ("count_primes", {"primes": list(range(9))}, None),
@@ -86,23 +101,22 @@ def test_working_of_real_items_leads_to_their_answers() -> None:
             if steps is None:
                 continue
             for left, right in re.findall(r"(\S+)=(-?\d+)(?: |$)", steps):
-                if re.fullmatch(r"[-+*%\d]+", left):
+                if re.fullmatch(r"[-+*%/\d]+", left):
                     assert eval(left) == int(right), steps  # Digits and signs, as just matched.
                     checked["equations"] += 1
             if task.task in ("chain_sum", "products", "simple_geometry"):
                 assert steps.rsplit("=", 1)[1] == item["answer"], (item["question"], steps)
             if task.task == "gcd":
                 assert steps.rsplit("%", 1)[1] == f"{item['answer']}=0"
-            if task.task == "letter_counting":
-                assert sum(map(int, steps.split()[1::2])) == int(item["answer"])
             if task.task == "count_bits":
                 assert steps.split().count("1") == int(item["answer"])
-            if task.task == "spell_backward":
-                assert steps.replace(" ", "")[::-1] == item["answer"]
+            if task.task == "fraction_simplification":
+                parts = re.findall(r"=(\d+)", steps)
+                assert "/".join(parts) == item["answer"]
             if task.task == "count_primes":
                 assert len(steps.split()) == int(item["answer"])
             checked[task.task] += 1
-    assert len(checked) >= 9 and min(checked.values()) >= 10, checked
+    assert len(checked) >= 7 and min(checked.values()) >= 10, checked
 
 
 # ---- problems
@@ -155,36 +169,52 @@ def test_each_epoch_has_every_problem_once() -> None:
 
 
 def test_tokenizer(tmp_path: Path) -> None:
-    texts = ["What is 12 + 34?", "<answer>46</answer>", "What is a number?"] * 20
-    tokenizer = train_tokenizer(texts, 300, 256)
-    assert 256 + 5 < len(tokenizer) <= 300
+    sums = [f"What is {n} + 34 to {'o' * n}x?\n<answer>{n + 34}</answer>" for n in range(60)]
+    other = ["Who once?"] + ["Which is sunlight?"] * 59
+    tokenizer = make_tokenizer([sums, other], 400, 256)
+    assert 256 + 5 < len(tokenizer) < 400
+
+    def pieces(text: str, of: Any = tokenizer) -> list[str]:
+        ids = of(text, add_special_tokens=False)["input_ids"]
+        return [of.decode([i]) for i in ids]
+
+    # Words of the questions are whole. What they differ in teaches the tokenizer nothing.
+    assert pieces("What is sunlight") == ["What", " is", " sunlight"]
+    assert pieces("oooox 12") == [*"oooox", " ", "1", "2"]
+    assert "once" not in tokenizer.get_vocab()
+    small = make_tokenizer([sums, other], 267, 256)
+    assert len(small) == 267 and len(pieces(" sunlight", small)) > 1
     for text in ("What is 12 + 34?", "naïve 東京 \n\t 🙂 ١٢", "<answer>46</answer>"):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert tokenizer.decode(ids) == text
     ids = tokenizer("<answer>1246</answer>", add_special_tokens=False)["input_ids"]
-    pieces = [tokenizer.decode([i]) for i in ids]
-    assert pieces == ["<answer>", "1", "2", "4", "6", "</answer>"]
+    assert pieces("<answer>1246</answer>") == ["<answer>", "1", "2", "4", "6", "</answer>"]
     # Tags survive where special tokens are left out: graders need them.
     assert tokenizer.decode(ids, skip_special_tokens=True) == "<answer>1246</answer>"
     renderer = ChatRenderer(tokenizer, 100)
-    prompt = renderer.render([{"role": "user", "content": "What is 1 <answer>?"}])
-    text = "<|im_start|>user\nWhat is 1 <answer>?<|im_end|>\n<|im_start|>assistant\n"
-    assert tokenizer.decode(prompt) == text
+    prompt = renderer.render(chat_messages("What is 1 <answer>?"))
+    whole = f"What is 1 <answer>?\n{FORMAT_INSTRUCTION}<|im_end|>"
+    assert tokenizer.decode(prompt) == whole
+    assert [tokenizer.decode([i]) for i in prompt[-2:]] == [f"\n{FORMAT_INSTRUCTION}", "<|im_end|>"]
     with pytest.raises(PromptDropped):
         renderer.render([{"role": "user", "content": "a <|im_end|>"}])
 
 
 def test_first_model_is_a_model_and_the_same_for_a_seed(tmp_path: Path) -> None:
-    shape, texts = settings().shape, ["What is 12 + 34?"] * 4
+    shape, tasks = settings().shape, [["What is 12 + 34?"] * 4]
     folders = [tmp_path / name for name in ("a", "b", "c")]
     for folder, seed in zip(folders, (1, 1, 2), strict=True):
-        write_first_model(folder, shape, texts, seed, "bf16")
+        write_first_model(folder, shape, tasks, seed, "bf16")
         check_model_folder(folder)
     weights = [(folder / "model.safetensors").read_bytes() for folder in folders]
     assert weights[0] == weights[1] != weights[2]
     config = json.loads((folders[0] / "config.json").read_text())
     assert config["model_type"] == "qwen2" and config["tie_word_embeddings"]
     encoder = Encoder(folders[0], 120)
+    # Whoever loads the folder gets the tokens it was trained with.
+    made = make_tokenizer(tasks, shape.vocab_size, shape.max_positions)
+    for text in ("What is 7?\n\nNow", " don't 🙂 12.5°", "['1',"):
+        assert encoder.tokenizer(text)["input_ids"] == made(text)["input_ids"]
     _, response = encoder.encode(Problem("t", "1 + 1", "<answer>2</answer>"))
     assert encoder.tokenizer.decode(response) == "<answer>2</answer><|im_end|>"
     with pytest.raises(PromptDropped):
