@@ -48,7 +48,7 @@ class Shape(Section):
         1024,
         ge=272,
         le=65536,
-        description="Most tokens: all bytes, and the words that the tasks ask their questions with.",
+        description="Most tokens: all bytes, and words that the tasks ask their questions with.",
     )
 
     @model_validator(mode="after")
