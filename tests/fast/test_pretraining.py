@@ -154,7 +154,7 @@ def test_each_epoch_has_every_problem_once() -> None:
 # ---- tokenizer and model
 
 
-def test_tokenizer(tmp_path: Path) -> None:
+def test_tokenizer() -> None:
     texts = ["What is 12 + 34?", "<answer>46</answer>", "What is a number?"] * 20
     tokenizer = train_tokenizer(texts, 300, 256)
     assert 256 + 5 < len(tokenizer) <= 300

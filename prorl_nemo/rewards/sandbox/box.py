@@ -6,7 +6,6 @@ import contextlib
 import marshal
 import signal
 import socket
-import subprocess
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -209,8 +208,3 @@ class Box:
                 raise EOFError
             parts += chunk
         return bytes(parts)
-
-
-def process_of(box: Box) -> subprocess.Popen[bytes]:
-    """The box's outermost process, for tests that look at what is left of it."""
-    return box._process
