@@ -85,7 +85,11 @@ class Template:
                 self._loaded.append(kind)
 
     def fork(self, confined: bool) -> Worker:
-        """A fresh worker, confined and ready."""
+        """A fresh worker, confined and ready.
+
+        Raises:
+            PoolError: it died at its start, or the kernel does not let it be confined.
+        """
         try:
             worker = self._fork(confined)
         except _TemplateEndedError:
@@ -123,6 +127,7 @@ class Template:
         return f"signal {-status}" if status < 0 else f"exit status {status}"
 
     def close(self) -> None:
+        """End the template, and with it the workers that are left."""
         self._control.close()
         try:
             self._process.wait(timeout=10)

@@ -155,6 +155,7 @@ class Box:
             self._send(order, time.monotonic() + wall_s + _SLACK_S)
 
     def result(self, wall_s: float) -> Run:
+        """Wait for the run that `start` began; a box that hangs or dies is a failed run."""
         try:
             return self._receive(time.monotonic() + wall_s + _SLACK_S)
         except TimeoutError:
