@@ -65,7 +65,7 @@ class Bf16MomentsAdamW(torch.optim.AdamW):
 
 
 def stochastic_bf16(exact: Tensor, generator: torch.Generator) -> Tensor:
-    """fp32 values of any shape rounded to one of the two bf16 neighbours, with the exact value as the mean.
+    """fp32 values of any shape, each rounded to one of its bf16 neighbours, right on average.
 
     bf16 is the upper half of an fp32 number: a random number is added to the lower half, which is
     then cut off.
