@@ -28,7 +28,7 @@ from prorl_nemo.records import Prompt
 from prorl_nemo.rollout.dynamic_sampler import DynamicSampler
 from prorl_nemo.rollout.group_collector import Sampling
 from prorl_nemo.training.batch import StepSettings
-from prorl_nemo.training.check import made_up_batch
+from prorl_nemo.training.check_batch import made_up_batch
 from prorl_nemo.training.session import Session, open_session
 
 ROOT = Path(__file__).parents[1]

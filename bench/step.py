@@ -24,7 +24,7 @@ from prorl_nemo.model_source import resolve_model
 from prorl_nemo.recipe import load_recipe
 from prorl_nemo.rollout.group_collector import Sampling
 from prorl_nemo.training.batch import StepSettings, TrainingBatch
-from prorl_nemo.training.check import made_up_batch
+from prorl_nemo.training.check_batch import made_up_batch
 from prorl_nemo.training.live_view import LiveView
 from prorl_nemo.training.loop import Trainer
 from prorl_nemo.training.metrics import METRICS, RunLog, read_rows

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from prorl_nemo.recipe_checks import contradictions
 from prorl_nemo.recipe_data import Data, Grading, Positive, Threads
 from prorl_nemo.recipe_rollout import Rollout
 from prorl_nemo.recipe_training import (
@@ -271,104 +272,10 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        problems = list(self._problems())
+        problems = list(contradictions(self))
         if problems:
             raise ValueError("\n  ".join(problems))
         return self
-
-    def _problems(self) -> Iterator[str]:
-        """What is wrong between keys that are right one by one."""
-        algorithm, rollout, policy = self.algorithm, self.rollout, self.policy
-        if policy.logits == "bf16" and policy.precision != "bf16":
-            yield "policy.logits: bf16 belongs to policy.precision=bf16; set it or remove the key"
-        prompts, minibatches = rollout.prompts_per_step, algorithm.minibatches
-        if prompts % minibatches:
-            yield (
-                f"algorithm.minibatches: {minibatches} does not divide rollout.prompts_per_step "
-                f"({prompts})"
-            )
-        samples = min(s.samples_per_prompt or rollout.samples_per_prompt for s in self.stages)
-        items = prompts // minibatches * (1 if policy.shared_prompts else samples)
-        if items < policy.data_parallel:
-            yield (
-                f"algorithm.minibatches: a minibatch of {prompts // minibatches} prompts leaves "
-                f"some of the {policy.data_parallel} data-parallel ranks without work; use fewer "
-                "minibatches, more rollout.prompts_per_step or a smaller policy.data_parallel"
-            )
-        if algorithm.importance.low >= algorithm.importance.high:
-            yield "algorithm.importance.low must be below algorithm.importance.high"
-        if algorithm.kl.estimator == "k1" and algorithm.kl.coefficient > 0:
-            yield (
-                "algorithm.kl.estimator: the gradient of k1 is zero on average, so it holds "
-                "nothing back; use k2 or k3, or set algorithm.kl.coefficient=0"
-            )
-        saving = self.checkpoint
-        if saving.keep_every and saving.keep_every % saving.interval:
-            yield (
-                f"checkpoint.keep_every: {saving.keep_every} is no multiple of "
-                f"checkpoint.interval ({saving.interval}), so no such steps are saved"
-            )
-        if rollout.surplus == "carry_over":
-            if algorithm.importance.method == "none":
-                yield (
-                    "rollout.surplus: carry_over trains on samples of an older policy, which only "
-                    "an importance weight corrects; set algorithm.importance.method=icepop or tis"
-                )
-            if rollout.deterministic:
-                yield (
-                    "rollout.surplus: what carry_over finds half-done depends on the clock, so "
-                    "rollout.deterministic needs rollout.surplus=requeue"
-                )
-        if rollout.deterministic and rollout.engines > 1:
-            yield (
-                "rollout.deterministic: several engines share prompts by their load, which differs "
-                "from run to run; set rollout.engines=1"
-            )
-        labels = [source.label for source in self.data.sources]
-        for number, stage in enumerate(self.stages):
-            trained = [source.label for source in self.data.trained]
-            unknown = sorted(set(stage.weights or ()) - set(trained))
-            if unknown:
-                yield (
-                    f"stages.{number}.weights: {', '.join(unknown)} is not in data.sources, or "
-                    f"not trained on; there are {', '.join(trained)}"
-                )
-            decays = policy.optimizer.schedule not in ("constant", "inverse_sqrt")
-            if stage.ends_when_stalled and decays:
-                yield (
-                    f"stages.{number}.ends_when_stalled: policy.optimizer.schedule="
-                    f"{policy.optimizer.schedule} decays to a last step that is not known then; "
-                    "use constant"
-                )
-        own = [stage.reference_reset for stage in self.stages if stage.reference_reset]
-        if not self.checkpoint.keep_best and any(
-            section.source == "best" for section in [self.reference_reset, *own]
-        ):
-            yield "reference_reset.source: best needs checkpoint.keep_best: true"
-        if any(stage.reset_at_start for stage in self.stages[:1]):
-            yield "stages.0.reset_at_start: there is nothing to reset before the first step"
-        twice = sorted({label for label in labels if labels.count(label) > 1})
-        if twice:
-            yield f"data.sources: {', '.join(twice)} is listed twice; give a task one entry"
-        overlong = self.shaping.overlong
-        limit = min(s.max_response_tokens or rollout.max_response_tokens for s in self.stages)
-        if overlong and overlong.buffer_tokens > limit:
-            yield (
-                f"shaping.overlong.buffer_tokens: {overlong.buffer_tokens} exceeds the shortest "
-                f"response limit ({limit})"
-            )
-        if (policy.optimizer.schedule == "wsd") != (policy.optimizer.decay_steps > 0):
-            yield (
-                "policy.optimizer.decay_steps: belongs to policy.optimizer.schedule=wsd, which "
-                "needs it; set both or neither"
-            )
-        optimizer = policy.optimizer
-        lowest = min(s.learning_rate or optimizer.learning_rate for s in self.stages)
-        if optimizer.schedule != "constant" and optimizer.min_learning_rate > lowest:
-            yield (
-                f"policy.optimizer.min_learning_rate: {optimizer.min_learning_rate:g} is above the "
-                f"lowest peak rate of a stage ({lowest:g}); lower it"
-            )
 
 
 def check_home(folder: str) -> str:

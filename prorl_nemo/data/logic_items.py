@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prorl_nemo.data.reasoning_gym_source import GeneratorDied, ReasoningGymGenerator
+from prorl_nemo.data.reasoning_gym_generator import GeneratorDied, ReasoningGymGenerator
 from prorl_nemo.data.record import Record
 from prorl_nemo.errors import RecipeError
 

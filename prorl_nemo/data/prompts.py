@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from prorl_nemo.data.built_source import BuiltData, BuiltSource, tasks_of_entries
 from prorl_nemo.data.chat import ChatRenderer
 from prorl_nemo.data.mixture import PromptStream
-from prorl_nemo.data.reasoning_gym_source import ReasoningGymGenerator, ReasoningGymSource
+from prorl_nemo.data.reasoning_gym_generator import ReasoningGymGenerator
+from prorl_nemo.data.reasoning_gym_source import ReasoningGymSource
 from prorl_nemo.recipe import Recipe
 from prorl_nemo.recipe_data import Source
 from prorl_nemo.records import Prompt

@@ -17,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from prorl_nemo.data.reasoning_gym_source import GeneratorDied, ReasoningGymGenerator
+from prorl_nemo.data.reasoning_gym_generator import GeneratorDied, ReasoningGymGenerator
 from prorl_nemo.data.record import BadRowError, SkippedRow
 from prorl_nemo.data.row_files import rows
 from prorl_nemo.errors import UserError

@@ -39,7 +39,7 @@ class Store:
         repaired: bytes of torn lines that were cut off.
     """
 
-    def __init__(self, folder: Path, suite: Suite) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.samples = SampleFile(folder / SAMPLES)
         try:
@@ -98,7 +98,7 @@ def open_store(folder: Path, suite: Suite, manifest: dict[str, Any]) -> Iterator
             records = (json.dumps(record) + "\n" for record in suite.item_records())
             replace_file(folder / ITEMS, records)
             replace_file(folder / MANIFEST, [json.dumps(manifest, indent=1) + "\n"])
-        store = Store(folder, suite)
+        store = Store(folder)
         stack.callback(store.close)
         yield store
 

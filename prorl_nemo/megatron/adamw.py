@@ -35,6 +35,7 @@ class Bf16MomentsAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient. Raises ValueError with a closure."""
         if closure is not None:
             raise ValueError("closures are not supported: gradients are ready when it is called")
         number = 0
@@ -64,7 +65,7 @@ class Bf16MomentsAdamW(torch.optim.AdamW):
 
 
 def stochastic_bf16(exact: Tensor, generator: torch.Generator) -> Tensor:
-    """fp32 values rounded to one of the two bf16 neighbours, with the exact value as the mean.
+    """fp32 values of any shape, each rounded to one of its bf16 neighbours, right on average.
 
     bf16 is the upper half of an fp32 number: a random number is added to the lower half, which is
     then cut off.

@@ -63,7 +63,7 @@ def begin_save(
             while the ranks compute.
         spec: what the model is; a load into another model is refused.
         chunks: the model chunks of this rank (one, or more with an interleaved pipeline).
-        reference: a tensor for each of their parameters, in order.
+        reference: a tensor, shaped as it, for each of their parameters, in order.
     """
     state = _state(chunks, optimizer, reference, filled=True) | {"spec": asdict(spec)}
     # The optimizer's part is a copy already.

@@ -188,6 +188,7 @@ class SafetensorsFolder:
         return name in self._file_of
 
     def get(self, name: str) -> Tensor:
+        """A whole tensor, shaped as stored. Raises ModelError where it is missing."""
         if name not in self._file_of:
             raise ModelError(f"{self._folder}: weight {name} is missing")
         file = self._file_of[name]

@@ -39,7 +39,7 @@ _PADDED_SHARE = 2.0
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm in fp32, as transformers computes it."""
+    """Root-mean-square norm of [..., dim] in fp32, as transformers computes it."""
 
     def __init__(
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
@@ -55,7 +55,7 @@ class RMSNorm(nn.Module):
         return self.weight * self.normalised(x).to(self.weight.dtype)
 
     def normalised(self, x: Tensor) -> Tensor:
-        """x at root-mean-square 1, in fp32."""
+        """x [..., dim] at root-mean-square 1, in fp32."""
         wide = x.float()
         return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
 
@@ -73,6 +73,9 @@ class WideRowParallelLinear(RowParallelLinear):
     They are summed over tensor-parallel ranks and added to the fp32 residual stream; rounded to
     bf16 before, they would carry a third of the trainer's error, and more the more ranks there
     are. Our choice.
+
+    Forward: [tokens, 1, dim / ranks] to [tokens, 1, dim]; with sequence parallelism to this
+    rank's tokens of it.
     """
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:

@@ -82,6 +82,7 @@ class ModelSpec:
 
     @property
     def parameters(self) -> int:
+        """Of the matrices; norms and biases are left out."""
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.groups)
         embeddings = self.vocab * self.hidden * (1 if self.tied else 2)
         return self.layers * (attention + 3 * self.hidden * self.ffn) + embeddings

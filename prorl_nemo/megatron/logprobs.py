@@ -151,7 +151,7 @@ def _logits(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in fp32, always: new memory, of bf16 operands too.
+    """a [m, k] @ b [k, n] in fp32, always: new memory, of bf16 operands too.
 
     A logit of 16 rounded to bf16 is off by up to 0.06, the larger part of what trainer and engine
     would disagree by (MiniMax-M1, arXiv 2506.13585, section 3.2, found the same).

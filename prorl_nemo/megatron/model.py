@@ -242,6 +242,7 @@ def _block_spec(spec: ModelSpec, policy: Policy, config: TransformerConfig, stag
 
 
 def weight_shape(spec: ModelSpec, policy: Policy) -> hf_weights.Shape:
+    """What the rules of `hf_weights` must know of the model and of its padding for the ranks."""
     return hf_weights.Shape(
         spec.heads,
         spec.groups,

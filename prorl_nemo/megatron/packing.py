@@ -38,6 +38,7 @@ class Tree:
 
     @property
     def length(self) -> int:
+        """In tokens."""
         return self.prompt + sum(self.responses)
 
 
@@ -90,6 +91,9 @@ def build_row(
 
     The padding is a tree of its own, so nothing attends to it. No items give a row of padding,
     which takes part in every collective and adds nothing.
+
+    Raises:
+        ValueError: a prompt or a response without tokens.
     """
     ids: list[NDArray[np.int64]] = []
     positions: list[NDArray[np.int64]] = []

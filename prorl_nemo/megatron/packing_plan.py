@@ -35,6 +35,7 @@ class TrainingItem:
 
     @property
     def tokens(self) -> int:
+        """Of the prompt, once, and all responses."""
         return len(self.prompt_ids) + sum(len(r) for r in self.responses)
 
 
@@ -53,6 +54,7 @@ class CostModel:
     pair: float = 0.0
 
     def of(self, item: TrainingItem) -> float:
+        """The cost of an item, its prompt computed once for all responses."""
         prompt = len(item.prompt_ids)
         targets = [len(response) for response in item.responses]
         pairs = prompt * (prompt + 1) / 2 + sum(n * prompt + n * (n + 1) / 2 for n in targets)

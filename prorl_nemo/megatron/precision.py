@@ -112,6 +112,7 @@ def check_attention(policy: Policy, capability: tuple[int, int] | None) -> None:
 
 
 def transformer_engine_installed() -> bool:
+    """Without importing it, which takes seconds."""
     return importlib.util.find_spec("transformer_engine") is not None
 
 

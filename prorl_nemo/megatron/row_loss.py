@@ -91,6 +91,9 @@ def row_loss(
 def supervised_row_loss(row: PackedRow, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Cross-entropy summed over the response tokens held here: next-token prediction.
 
+    Args:
+        output: [2, held targets], as in `row_loss`.
+
     Returns:
         as `row_loss`; of the figures, `loss_sum` is in nats.
     """

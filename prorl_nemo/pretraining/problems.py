@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from prorl_nemo.data.chat import PromptDropped, in_answer_tags
-from prorl_nemo.data.reasoning_gym_source import ReasoningGymGenerator, TaskItems
+from prorl_nemo.data.reasoning_gym_generator import ReasoningGymGenerator, TaskItems
 from prorl_nemo.errors import RecipeError
 from prorl_nemo.pretraining.working import working
 from prorl_nemo.recipe_pretrain import Pretraining

@@ -2,31 +2,27 @@
 
 Training rewards the share of all tests, evaluation all or nothing; more than `time_limit_s`
 of processor time for all tests together scores 0. The program runs in a box (`sandbox`)
-that is told the inputs only. Outputs are compared here, as plain data, so that a program
-cannot read what is expected, nor return an object that equals everything.
+that is told the inputs only. Outputs are compared outside of it (`code_outputs`), as plain data,
+so that a program cannot read what is expected, nor return an object that equals everything.
 """
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import json
-import math
-import re
 import select
 import socket
 import time
-from dataclasses import dataclass
 from typing import Any
 
+from prorl_nemo.rewards.code_outputs import same_output, same_value
+from prorl_nemo.rewards.code_tests import Cases, read_tests, time_limit_s
 from prorl_nemo.rewards.extraction import final_part, last_code_block
 from prorl_nemo.rewards.sandbox import runner
 from prorl_nemo.rewards.sandbox.box import Box, CompileError, Run
 from prorl_nemo.rewards.sandbox.probe import working_backend
 from prorl_nemo.rewards.verdict import GradingError, Verdict, zero
 
-TIME_LIMIT_S = 5.0
-MEMORY_LIMIT_MIB = 1024
 MAX_SOURCE = 200_000
 _COMPILE_S = 30.0
 _MAX_CALLS = 20_000
@@ -39,20 +35,6 @@ _STATUS = {
     runner.TIMED_OUT: "timed out",
     runner.TOO_MUCH_OUTPUT: "too much output",
 }
-
-
-@dataclass(frozen=True)
-class Cases:
-    """The tests of a record, read and checked. Exactly one of the three lists is filled."""
-
-    programs: list[tuple[bytes, str]]
-    calls: list[tuple[list[Any], Any]]
-    checks: list[str]
-    entry_point: str
-    setup: str
-    language: str | None
-    time_limit_s: float
-    memory_mib: int
 
 
 def grade(grading: dict[str, Any], text: str, training: bool = True) -> Verdict:
@@ -99,7 +81,7 @@ def grade(grading: dict[str, Any], text: str, training: bool = True) -> Verdict:
 
 def extra_seconds(grading: dict[str, Any]) -> float:
     """What a grading may take beyond the pool's limits: compiling and running."""
-    return _COMPILE_S + 2 * _wall(_number(grading, "time_limit_s", TIME_LIMIT_S))
+    return _COMPILE_S + 2 * _wall(time_limit_s(grading))
 
 
 def _wall(cpu_s: float) -> float:
@@ -269,123 +251,6 @@ def _answer(request: dict[str, Any], box: Box, tests: Cases, clock: _Clock) -> d
     except (ValueError, TypeError, RecursionError):
         return {"error": "RuntimeError", "text": "no result"}
     return {"value": value}
-
-
-def same_output(output: bytes, expected: str) -> bool:
-    """Compare standard output as contest judges do.
-
-    Equal line by line without trailing blanks; or equal token by token, where a token with a
-    decimal point may differ by 1e-6 (absolute or relative).
-    """
-    try:
-        given = output.decode()
-    except UnicodeDecodeError:
-        return False
-    if [line.rstrip() for line in given.rstrip().splitlines()] == [
-        line.rstrip() for line in expected.rstrip().splitlines()
-    ]:
-        return True
-    tokens, wanted = given.split(), expected.split()
-    return len(tokens) == len(wanted) and all(
-        a == b or _close_numbers(a, b) for a, b in zip(tokens, wanted, strict=True)
-    )
-
-
-_DECIMAL = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?")
-
-
-def _close_numbers(given: str, expected: str) -> bool:
-    if "." not in expected and "e" not in expected.lower():
-        return False
-    if not (_DECIMAL.fullmatch(given) and _DECIMAL.fullmatch(expected)):
-        return False
-    return math.isclose(float(given), float(expected), rel_tol=1e-6, abs_tol=1e-6)
-
-
-def same_value(returned: Any, expected: Any) -> bool:
-    """Compare plain values: tuples equal lists, floats may differ by 1e-6.
-
-    `expected` comes from JSON, which knows neither tuples nor keys that are no text.
-    """
-    if isinstance(returned, bool) or isinstance(expected, bool):
-        return returned is expected
-    if isinstance(returned, int) and isinstance(expected, int):
-        return returned == expected
-    if isinstance(returned, int | float) and isinstance(expected, int | float):
-        try:
-            return math.isclose(returned, expected, rel_tol=1e-6, abs_tol=1e-6)
-        except OverflowError:
-            return False
-    if isinstance(returned, list | tuple) and isinstance(expected, list | tuple):
-        return len(returned) == len(expected) and all(
-            same_value(a, b) for a, b in zip(returned, expected, strict=True)
-        )
-    if isinstance(returned, dict) and isinstance(expected, dict):
-        named = {str(key): value for key, value in returned.items()}
-        return (
-            len(named) == len(returned)
-            and named.keys() == expected.keys()
-            and all(same_value(named[key], value) for key, value in expected.items())
-        )
-    if isinstance(returned, set | frozenset) and isinstance(expected, list):
-        return sorted(map(repr, returned)) == sorted(map(repr, expected))
-    return type(returned) is type(expected) and bool(returned == expected)
-
-
-def read_tests(grading: dict[str, Any]) -> Cases:
-    """The tests of a record. Raises GradingError naming the key at fault."""
-    entry_point, checks = grading.get("entry_point") or "", grading.get("checks") or []
-    if entry_point and not (isinstance(entry_point, str) and entry_point.isidentifier()):
-        raise GradingError(f"grading.entry_point: {entry_point!r} is no function name")
-    programs: list[tuple[bytes, str]] = []
-    calls: list[tuple[list[Any], Any]] = []
-    if checks:
-        if not entry_point or not all(isinstance(check, str) for check in checks):
-            raise GradingError("grading.checks: must be Python texts, and need an `entry_point`")
-    else:
-        rows = grading.get("tests")
-        if not isinstance(rows, list) or not rows:
-            raise GradingError("grading.tests: must be a list with at least one test")
-        for number, row in enumerate(rows):
-            if not isinstance(row, dict) or "input" not in row or "output" not in row:
-                raise GradingError(f"grading.tests[{number}]: needs `input` and `output`")
-            if entry_point:
-                if not isinstance(row["input"], list):
-                    raise GradingError(f"grading.tests[{number}].input: must list the arguments")
-                calls.append((row["input"], row["output"]))
-            else:
-                if not (isinstance(row["input"], str) and isinstance(row["output"], str)):
-                    raise GradingError(f"grading.tests[{number}]: input and output must be texts")
-                programs.append((row["input"].encode("utf-8", "replace"), row["output"]))
-    language = grading.get("language")
-    if language not in (None, "python", "cpp"):
-        raise GradingError(f"grading.language: {language!r}; use python or cpp")
-    setup = str(grading.get("setup") or "")
-    _check_python(setup, "setup")
-    return Cases(
-        programs,
-        calls,
-        list(checks),
-        entry_point,
-        setup,
-        language,
-        _number(grading, "time_limit_s", TIME_LIMIT_S),
-        int(_number(grading, "memory_limit_mib", MEMORY_LIMIT_MIB)),
-    )
-
-
-def _check_python(text: str, key: str) -> None:
-    try:
-        ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError) as error:
-        raise GradingError(f"grading.{key}: is no Python: {error}") from None
-
-
-def _number(grading: dict[str, Any], key: str, default: float) -> float:
-    value = grading.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e6:
-        raise GradingError(f"grading.{key}: {value!r} must be a positive number")
-    return float(value)
 
 
 def warm_up() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from prorl_nemo.rewards.code import read_tests
+from prorl_nemo.rewards.code_tests import read_tests
 from prorl_nemo.rewards.math import gold_answers
 
 

@@ -46,12 +46,14 @@ class Report:
     bad_lines: list[tuple[int, str]] = field(default_factory=list)
 
     def add(self, domain: str, verdict: Verdict) -> None:
+        """Count a verdict under its domain and reason."""
         tally = self.tallies.setdefault((domain, verdict.reason.split(":")[0]), Tally())
         tally.count += 1
         tally.score += verdict.score
 
     @property
     def graded(self) -> int:
+        """Responses with a verdict."""
         return sum(tally.count for tally in self.tallies.values())
 
     def table(self) -> Table:

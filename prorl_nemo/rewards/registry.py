@@ -29,6 +29,7 @@ class Kind:
     confined: bool = True
 
     def load(self) -> ModuleType:
+        """Import the grader, once in a process."""
         return importlib.import_module(self.module)
 
 

@@ -109,6 +109,7 @@ class Filling:
 
     @property
     def missing(self) -> int:
+        """Groups that the batch still needs."""
         kept = len(self.batch.groups)
         if self._replace:
             return self.wanted - kept

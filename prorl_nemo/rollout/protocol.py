@@ -86,13 +86,6 @@ class GenerationEngine(Protocol):
         """
 
 
-class VerdictLike(Protocol):
-    @property
-    def score(self) -> float: ...
-    @property
-    def reason(self) -> str: ...
-
-
 class Grader(Protocol):
     """Grades responses while others are generated (`prorl_nemo.rewards`)."""
 

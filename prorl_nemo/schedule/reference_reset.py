@@ -72,7 +72,9 @@ class Trigger(Protocol):
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What a reset that it causes is called in the event log."""
+        ...
 
     def fires(self, figures: Mapping[str, float | None], metrics: Mapping[str, float]) -> bool:
         """`figures` as in `Decision`; `metrics` as given to `observe`."""

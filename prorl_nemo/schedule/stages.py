@@ -92,6 +92,7 @@ class Stages:
 
     @property
     def total_steps(self) -> int:
+        """Of the run, as its stages now stand."""
         return self.stages[-1].last_step
 
     def at(self, step: int) -> StageSettings:

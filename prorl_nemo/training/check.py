@@ -13,24 +13,28 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
 from prorl_nemo.cluster.policy_group import PolicyGroup
 from prorl_nemo.model_source import resolve_model
 from prorl_nemo.recipe import Recipe
-from prorl_nemo.records import Group, Prompt
+from prorl_nemo.records import Prompt
 from prorl_nemo.rewards.gold import gold_response, known_item
 from prorl_nemo.rewards.pool import GraderPool
 from prorl_nemo.rewards.sandbox.probe import attempts, working_backend
 from prorl_nemo.rollout.dynamic_sampler import DynamicSampler
 from prorl_nemo.rollout.group_collector import Sampling
 from prorl_nemo.training.batch import StepSettings, TrainingBatch
+from prorl_nemo.training.check_batch import (
+    differences,
+    first_groups,
+    made_up_batch,
+    mean_difference,
+    transformers_logprobs,
+)
 from prorl_nemo.training.preflight import check_resources
 from prorl_nemo.training.session import Session, open_session
 from prorl_nemo.training.stage_rules import recipe_stages
@@ -113,7 +117,7 @@ def _lines(session: Session, status: Callable[[str], None]) -> Iterator[Line]:
     some.reference_logprobs = some.old_logprobs
     yield _within(
         "trainer log-probs against transformers",
-        _mean_difference(some.old_logprobs, transformers_logprobs(session.folder, some)),
+        mean_difference(some.old_logprobs, transformers_logprobs(session.folder, some)),
         MISMATCH_LIMIT[recipe.policy.precision],
         "mean |difference|, same tokens, transformers in fp32",
     )
@@ -185,62 +189,16 @@ def _sample(session: Session) -> TrainingBatch:
     return made_up_batch(groups, stage.temperature)
 
 
-def made_up_batch(groups: Sequence[Group], temperature: float) -> TrainingBatch:
-    """All groups with alternating advantages, so that every token has a gradient."""
-    batch = TrainingBatch([], [], [], [], [], temperature)
-    for group in groups:
-        first = len(batch.responses)
-        batch.prompts.append(list(group.prompt.token_ids))
-        batch.groups.append(list(range(first, first + len(group.samples))))
-        for sample in group.samples:
-            batch.responses.append(np.asarray(sample.token_ids, dtype=np.int64))
-            batch.engine_logprobs.append(np.asarray(sample.engine_logprobs, dtype=np.float32))
-            batch.advantages.append(1.0 if len(batch.advantages) % 2 else -0.5)
-    return batch
-
-
-def first_groups(batch: TrainingBatch, groups: int) -> TrainingBatch:
-    """The first groups of a batch whose samples are listed group by group."""
-    samples = sum(len(group) for group in batch.groups[:groups])
-    return TrainingBatch(
-        batch.prompts[:groups],
-        batch.groups[:groups],
-        batch.responses[:samples],
-        batch.engine_logprobs[:samples],
-        batch.advantages[:samples],
-        batch.temperature,
-        batch.old_logprobs[:samples],
-        batch.reference_logprobs[:samples],
-    )
-
-
-@torch.no_grad()
-def transformers_logprobs(folder: Path, batch: TrainingBatch) -> list[NDArray[np.float32]]:
-    """Log-probs [length] of each sample by transformers in fp32, one sequence at a time."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    found: list[NDArray[np.float32]] = []
-    for prompt, samples in zip(batch.prompts, batch.groups, strict=True):
-        for sample in samples:
-            response = torch.from_numpy(batch.responses[sample])
-            ids = torch.cat((torch.tensor(prompt), response))[None]
-            logits = model(ids).logits[0, len(prompt) - 1 : -1] / batch.temperature
-            picked = torch.log_softmax(logits, dim=-1).gather(1, response[:, None])
-            found.append(picked.squeeze(1).numpy())
-    return found
-
-
 def _engine_line(when: str, recipe: Recipe, batch: TrainingBatch) -> Line:
     precisions = {recipe.policy.precision, recipe.rollout.precision or recipe.policy.precision}
     limit = max(MISMATCH_LIMIT[precision] for precision in precisions)
-    differences = _differences(batch.old_logprobs, batch.engine_logprobs)
-    error = differences.std() / np.sqrt(len(differences))
+    off = differences(batch.old_logprobs, batch.engine_logprobs)
+    error = off.std() / np.sqrt(len(off))
     return _within(
         f"engine log-probs against the trainer's, {when}",
-        differences.mean(),
+        off.mean(),
         limit,
-        f"mean |difference| at temperature {batch.temperature:g} over {len(differences)} sampled "
+        f"mean |difference| at temperature {batch.temperature:g} over {len(off)} sampled "
         f"tokens, standard error {error:.2g}",
     )
 
@@ -292,21 +250,21 @@ def _reference_lines(policy: PolicyGroup, batch: TrainingBatch) -> Iterator[Line
     reference, _ = policy.logprobs(batch, "reference")
     yield _within(
         "reference unchanged by an update",
-        _mean_difference(reference, batch.old_logprobs),
+        mean_difference(reference, batch.old_logprobs),
         0.0,
         "mean |difference| to the log-probs before the update",
     )
     now, _ = policy.logprobs(batch)
     yield _yes(
         "policy changed by the update",
-        _mean_difference(now, batch.old_logprobs) > 0,
-        f"mean |difference| {_mean_difference(now, batch.old_logprobs):.3g}",
+        mean_difference(now, batch.old_logprobs) > 0,
+        f"mean |difference| {mean_difference(now, batch.old_logprobs):.3g}",
     )
     policy.reset_reference()
     reference, _ = policy.logprobs(batch, "reference")
     yield _within(
         "reference equals the policy after a reset",
-        _mean_difference(reference, now),
+        mean_difference(reference, now),
         0.0,
         "mean |difference|",
     )
@@ -324,15 +282,6 @@ def _policy(recipe: Recipe, folder: Path) -> Iterator[PolicyGroup]:
         yield group
     finally:
         group.shutdown()
-
-
-def _differences(a: Sequence[NDArray[Any]], b: Sequence[NDArray[Any]]) -> NDArray[np.float64]:
-    """|a - b| of every token, [tokens]."""
-    return np.abs(np.concatenate(a).astype(np.float64) - np.concatenate(b).astype(np.float64))
-
-
-def _mean_difference(a: Sequence[NDArray[Any]], b: Sequence[NDArray[Any]]) -> float:
-    return float(_differences(a, b).mean())
 
 
 def _within(name: str, figure: float, limit: float, detail: str) -> Line:

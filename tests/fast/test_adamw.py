@@ -48,6 +48,14 @@ def test_first_update_by_hand() -> None:
     assert math.isclose(float(state["exp_avg_sq"]), 0.00025, rel_tol=2**-7)
 
 
+def test_epsilon_by_hand() -> None:
+    """A gradient as small as epsilon makes half a step: lr * g / (|g| + eps)."""
+    parameter = torch.zeros(1).requires_grad_()
+    parameter.grad = torch.tensor([EPS])
+    optimizer([parameter]).step()
+    assert math.isclose(parameter.item(), -LR / 2, rel_tol=1e-6)
+
+
 def test_first_update_is_that_of_fp32() -> None:
     """Moments are rounded when they are put away, so the first update knows no rounding."""
     wanted, found, _ = train(1)

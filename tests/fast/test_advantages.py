@@ -144,6 +144,13 @@ def test_lone_response_is_no_nan() -> None:
         assert found.tolist() == [0.0]
 
 
+def test_the_floor_by_hand() -> None:
+    """Centred rewards of 1e-5 have the variance 1e-10: the floor of 1e-8 takes its place."""
+    rewards = torch.tensor([0.0, 2e-5], dtype=torch.float64)
+    found = reinforce_plus_plus_baseline(rewards, torch.tensor([3, 3]), torch.tensor([4, 4]))
+    assert found.tolist() == pytest.approx([-0.1, 0.1], rel=1e-6)
+
+
 def test_scale_and_shift_of_rewards_do_not_matter() -> None:
     """0/1 and -1/1 rewards train alike, as the ProRL v2 page claims."""
     a = reinforce_plus_plus_baseline(REWARDS, GROUPS, LENGTHS)

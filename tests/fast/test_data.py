@@ -22,7 +22,8 @@ from prorl_nemo.data.chat import (
 )
 from prorl_nemo.data.mixture import PromptStream
 from prorl_nemo.data.prompts import load_prompts
-from prorl_nemo.data.reasoning_gym_source import ReasoningGymGenerator, ReasoningGymSource
+from prorl_nemo.data.reasoning_gym_generator import ReasoningGymGenerator
+from prorl_nemo.data.reasoning_gym_source import ReasoningGymSource
 from prorl_nemo.errors import ModelError, RecipeError, UserError
 from prorl_nemo.model_source import tiny_model
 from prorl_nemo.recipe import parse_recipe

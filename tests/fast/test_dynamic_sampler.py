@@ -326,7 +326,7 @@ def test_keep_rate_learns_from_decided_groups() -> None:
     for scores, kept in groups:
         rate.observe(scores, kept)
     # One in three is kept, and still after two equal scores; none after three. The prior weighs
-    # 4 groups of 1,200.
+    # 4 groups of 1,200: less than 0.01, the tolerance here.
     assert rate.chance(0) == pytest.approx(1 / 3, abs=0.01)
     assert rate.chance(2) == pytest.approx(1 / 3, abs=0.01)
     assert rate.chance(3) == pytest.approx(0, abs=0.01)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prorl_nemo.algorithms.group_filter import groups_with_variance, has_signal
+from prorl_nemo.algorithms.groups import group_mean_and_variance
 
 
 @pytest.mark.parametrize("scores", [[0, 0, 0], [1, 1, 1, 1], [0.5] * 4, [1 / 3] * 7, [0.1] * 10])
@@ -32,6 +33,15 @@ def test_one_right_answer_keeps_the_whole_group() -> None:
 
 def test_lone_response_has_no_variance() -> None:
     assert not has_signal([1.0])
+
+
+def test_nearly_equal_values_keep_their_variance() -> None:
+    """Mean 1000.0001, deviation 1e-4. E[x^2] - E[x]^2 is off by a hundredth here, float32 more."""
+    values = torch.tensor([1000.0, 1000.0002], dtype=torch.float64)
+    _, variance, size = group_mean_and_variance(values, torch.tensor([7, 7]))
+    assert size.tolist() == [2.0, 2.0]
+    # Of the 16 digits of a value the first 7 are the mean's.
+    assert variance.tolist() == pytest.approx([1e-8, 1e-8], rel=1e-6)
 
 
 def test_tolerance_by_hand() -> None:

@@ -22,7 +22,10 @@ ROOMS: dict[str, set[str]] = {
     "records": set(),
     "strict_yaml": set(),
     "settings_file": {"errors", "strict_yaml"},
-    "recipe": {"settings_file", "recipe_data", "recipe_rollout", "recipe_training"},
+    "recipe": {"settings_file", "recipe_data", "recipe_rollout", "recipe_training"}
+    | {"recipe_checks"},
+    # The type alone of what it checks.
+    "recipe_checks": {"recipe"},
     "recipe_rollout": {"settings_file", "recipe_data"},
     "recipe_training": {"settings_file", "recipe_data"},
     "recipe_data": {"settings_file"},

@@ -43,6 +43,7 @@ def test_a_jump_names_the_weights_first() -> None:
     warning = watch.observe(20, row(0.09))
     assert warning is not None
     assert warning.figure == "mismatch/mean_abs"
+    # The median of 20 values within a fifth of 0.02.
     assert warning.usual == pytest.approx(0.02, rel=0.1)
     assert warning.limit == pytest.approx(2 * (warning.usual or 0))
     assert warning.causes == [STALE, PRECISION]

@@ -127,7 +127,7 @@ def test_only_the_policy_gets_a_gradient() -> None:
 
 def weights_of(rho: list[float], method: Method, low: float, high: float) -> tuple[Tensor, float]:
     """Weights of tokens with the given rho, each a response of its own."""
-    old = torch.tensor([math.log(r) for r in rho])
+    old = torch.tensor([math.log(r) for r in rho], requires_grad=True)
     found = importance_weights(
         old, torch.zeros(len(rho)), torch.arange(len(rho)), method, low, high
     )
@@ -140,6 +140,13 @@ def test_icepop_bounds_are_inclusive() -> None:
     # float32 exp and log.
     assert weights.tolist() == pytest.approx([0.0, 0.5, 1.0, 5.0, 0.0], rel=1e-6)
     assert share == pytest.approx(0.4)
+
+
+def test_whatever_the_bounds_are_they_are_inclusive() -> None:
+    """exp(log(bound)) in float32 lands on either side of it: half of these would be lost."""
+    for bound in range(2, 60):
+        _, share = weights_of([1 / bound, float(bound)], "icepop", 1 / bound, float(bound))
+        assert share == 0.0, bound
 
 
 def test_tis_truncates() -> None:

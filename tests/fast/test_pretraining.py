@@ -168,7 +168,7 @@ def test_each_epoch_has_every_problem_once() -> None:
 # ---- tokenizer and model
 
 
-def test_tokenizer(tmp_path: Path) -> None:
+def test_tokenizer() -> None:
     sums = [f"What is {n} + 34 to {'o' * n}x?\n<answer>{n + 34}</answer>" for n in range(60)]
     other = ["Who once?"] + ["Which is sunlight?"] * 59
     tokenizer = make_tokenizer([sums, other], 400, 256)

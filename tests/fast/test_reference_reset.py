@@ -109,7 +109,9 @@ def test_kl_spike_needs_patience() -> None:
 
 
 def test_kl_threshold_is_strict_and_has_a_floor() -> None:
-    assert run(KL_ONLY, 100, lambda since: 0.3 if since > 40 else 0.1) == []
+    # Three times a quarter is exact, three times a tenth is not.
+    assert run(KL_ONLY, 100, lambda since: 0.75 if since > 40 else 0.25) == []
+    assert run(KL_ONLY, 100, lambda since: 0.7501 if since > 40 else 0.25) != []
     # Ten times the median, and still only a rounding error.
     assert run(KL_ONLY, 100, lambda since: 1e-5 if since % 50 > 40 else 1e-6) == []
 

@@ -35,11 +35,13 @@ def test_temperature_by_hand() -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.2])
-@pytest.mark.parametrize("chunk_elements", [1, 500, 1 << 20])
+# A column at a time; blocks that end in mid-row of both tokens and words; all at once.
+@pytest.mark.parametrize(("elements", "tokens"), [(1, 8192), (100, 7), (500, 23), (1 << 20, 8192)])
 def test_against_the_whole_table(
-    temperature: float, chunk_elements: int, monkeypatch: pytest.MonkeyPatch
+    temperature: float, elements: int, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_BLOCK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(module, "_BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(module, "_BLOCK_TOKENS", tokens)
     torch.manual_seed(0)
     hidden = torch.randn(23, 16, requires_grad=True)
     weight = torch.randn(101, 16, requires_grad=True)
@@ -48,6 +50,7 @@ def test_against_the_whole_table(
     expected, expected_entropy = plain(hidden, weight, targets, temperature)
     wanted = torch.autograd.grad(expected @ upstream.double(), (hidden, weight))
     found, entropy = response_logprobs(hidden, weight, targets, temperature, 101)
+    assert found.requires_grad and not entropy.requires_grad
     got = torch.autograd.grad(found @ upstream, (hidden, weight))
     # fp32 against double: sums of 101 terms of order 10, each rounded at 6e-8.
     assert found.tolist() == pytest.approx(expected.tolist(), rel=1e-5)

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prorl_nemo.rewards.code import read_tests, same_output, same_value
+from prorl_nemo.rewards.code_outputs import same_output, same_value
+from prorl_nemo.rewards.code_tests import read_tests
 from prorl_nemo.rewards.registry import grade
 from prorl_nemo.rewards.sandbox import SandboxError, runner
 from prorl_nemo.rewards.sandbox.probe import working_backend

@@ -12,7 +12,7 @@ import pytest
 from prorl_nemo.errors import UserError
 from prorl_nemo.rewards.sandbox import SandboxError, backends, probe, runner, seccomp
 from prorl_nemo.rewards.sandbox.backends import BACKENDS
-from prorl_nemo.rewards.sandbox.box import Box, CompileError, process_of
+from prorl_nemo.rewards.sandbox.box import Box, CompileError
 
 ALLOWED, REFUSED, ABSENT, KILLED = "allowed", "refused", "absent", "killed"
 X86_64, AARCH64 = 0xC000003E, 0xC00000B7
@@ -169,7 +169,7 @@ def test_runs_do_not_see_each_other() -> None:
 
 def test_a_box_leaves_no_process() -> None:
     box = Box(BACKENDS["bubblewrap"], "print(1)")
-    process = process_of(box)
+    process = box._process
     assert process.poll() is None
     box.close()
     assert process.poll() is not None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -163,7 +162,7 @@ def test_a_trigger_must_be_named_as_module_and_class(name: str) -> None:
         recipe([{"steps": 1}], reference_reset={"triggers": [name]})
 
 
-def test_best_needs_its_checkpoint(tmp_path: Path) -> None:
+def test_best_needs_its_checkpoint() -> None:
     with pytest.raises(RecipeError, match=r"checkpoint\.keep_best"):
         recipe([{"steps": 1}], reference_reset={"source": "best"}, checkpoint={"keep_best": False})
     recipe([{"steps": 1}], reference_reset={"source": "best"})

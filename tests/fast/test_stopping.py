@@ -84,6 +84,7 @@ def test_wall_clock_leaves_time_for_a_save() -> None:
 def test_time_left_is_the_recipes_or_slurms() -> None:
     assert seconds_left(2.0, {"SLURM_JOB_END_TIME": "1"}) == 7200.0
     end = str(int(time.time()) + 500)
+    # Whole seconds, and those that pass meanwhile.
     assert seconds_left(None, {"SLURM_JOB_END_TIME": end}) == pytest.approx(500, abs=2)
     assert seconds_left(None, {"SLURM_JOB_END_TIME": "Unknown"}) is None
     assert seconds_left(None, {}) is None

@@ -70,13 +70,13 @@ def megatron_weights(hf: dict[str, Tensor], added_groups: int = 0, padding: int 
             if name.startswith(f"model.layers.{layer}.")
         }
         rows: dict[str, list[Tensor]] = {"weight": [], "bias": []}
-        for kind, found in rows.items():
+        for kind, stack in rows.items():
             q, k, v = (part[f"self_attn.{p}_proj.{kind}"] for p in "qkv")
             for group in range(2):
-                found += q[group * 6 : group * 6 + 6]  # two heads of three channels
-                found += k[group * 3 : group * 3 + 3]
-                found += v[group * 3 : group * 3 + 3]
-            found += [torch.zeros_like(q[0])] * (12 * added_groups)
+                stack += q[group * 6 : group * 6 + 6]  # two heads of three channels
+                stack += k[group * 3 : group * 3 + 3]
+                stack += v[group * 3 : group * 3 + 3]
+            stack += [torch.zeros_like(q[0])] * (12 * added_groups)
         columns = [*part["self_attn.o_proj.weight"].t(), *[torch.zeros(5)] * (6 * added_groups)]
         gate_up = torch.cat((part["mlp.gate_proj.weight"], part["mlp.up_proj.weight"]))
         made = {

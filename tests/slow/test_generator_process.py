@@ -11,20 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from prorl_nemo.data import reasoning_gym_source
+from prorl_nemo.data import reasoning_gym_generator
 from prorl_nemo.data.chat import ChatRenderer, PromptDropped, load_tokenizer
-from prorl_nemo.data.reasoning_gym_source import (
-    GeneratorDied,
-    ReasoningGymGenerator,
-    ReasoningGymSource,
-)
+from prorl_nemo.data.reasoning_gym_generator import GeneratorDied, ReasoningGymGenerator
+from prorl_nemo.data.reasoning_gym_source import ReasoningGymSource
 from prorl_nemo.errors import RecipeError
 from prorl_nemo.model_source import tiny_model
 
 
 def test_the_process_ends_with_its_parent() -> None:
     program = (
-        "from prorl_nemo.data.reasoning_gym_source import ReasoningGymGenerator as G\n"
+        "from prorl_nemo.data.reasoning_gym_generator import ReasoningGymGenerator as G\n"
         "import os, signal, sys\n"
         "g = G(); g.ask(op='check', task='chain_sum', config={})\n"
         "print(g._process.pid, flush=True)\n"
@@ -68,9 +65,9 @@ def test_a_dead_or_hung_process_is_replaced(
     generator.close()
     (tmp_path / "silent.py").write_text("import time\ntime.sleep(600)\n")
     with monkeypatch.context() as patch:
-        patch.setattr(reasoning_gym_source, "_WORKER", tmp_path / "silent.py")
+        patch.setattr(reasoning_gym_generator, "_WORKER", tmp_path / "silent.py")
         patch.setattr(generator, "_seconds", 0.2)
-        patch.setattr(reasoning_gym_source, "_SECONDS_TO_START", 0.0)
+        patch.setattr(reasoning_gym_generator, "_SECONDS_TO_START", 0.0)
         for _ in range(2):
             with pytest.raises(PromptDropped):
                 source.prompt(0)

@@ -71,6 +71,6 @@ def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> to
 @pytest.mark.parametrize("flex", [False, True], ids=["tree by tree", "one kernel"])
 def test_each_response_sees_its_prompt_and_itself(flex: bool) -> None:
     (worst,) = run_ranks(attend, 1, flex)
-    # fp32 sums of some hundred products of size one.
     assert not math.isnan(worst)
+    # fp32 sums of some hundred products of size one.
     assert worst < 1e-5

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from prorl_nemo.data.chat import ChatRenderer, PromptDropped, in_answer_tags, load_tokenizer
-from prorl_nemo.data.reasoning_gym_source import ReasoningGymGenerator, ReasoningGymSource
+from prorl_nemo.data.reasoning_gym_generator import ReasoningGymGenerator
+from prorl_nemo.data.reasoning_gym_source import ReasoningGymSource
 from prorl_nemo.model_source import tiny_model
 from prorl_nemo.rewards.pool import GraderPool
 

@@ -20,7 +20,7 @@ import pytest
 import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
-from prorl_nemo.rewards.code import read_tests
+from prorl_nemo.rewards.code_tests import read_tests
 from prorl_nemo.rewards.grade_file import grade_file
 from prorl_nemo.rewards.pool import GraderPool
 

@@ -6,7 +6,6 @@ import contextlib
 import marshal
 import signal
 import socket
-import subprocess
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -156,6 +155,7 @@ class Box:
             self._send(order, time.monotonic() + wall_s + _SLACK_S)
 
     def result(self, wall_s: float) -> Run:
+        """Wait for the run that `start` began; a box that hangs or dies is a failed run."""
         try:
             return self._receive(time.monotonic() + wall_s + _SLACK_S)
         except TimeoutError:
@@ -209,8 +209,3 @@ class Box:
                 raise EOFError
             parts += chunk
         return bytes(parts)
-
-
-def process_of(box: Box) -> subprocess.Popen[bytes]:
-    """The box's outermost process, for tests that look at what is left of it."""
-    return box._process

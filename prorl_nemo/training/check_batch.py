@@ -1,0 +1,67 @@
+"""The batch that `prorl check` computes on, and the same figures from transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from prorl_nemo.algorithms.batch_advantages import BatchAdvantages
+from prorl_nemo.records import Group
+from prorl_nemo.training.batch import TrainingBatch
+from prorl_nemo.training.rollout_batch import training_batch
+
+
+def made_up_batch(groups: Sequence[Group], temperature: float) -> TrainingBatch:
+    """All groups with alternating advantages, so that every token has a gradient."""
+    count = sum(len(group.samples) for group in groups)
+    advantages = torch.where(torch.arange(count) % 2 == 1, 1.0, -0.5)
+    everything = torch.ones(count, dtype=torch.bool)
+    outcome = BatchAdvantages(advantages.double(), everything, advantages, dropped_groups=0)
+    return training_batch(groups, outcome, temperature)
+
+
+def first_groups(batch: TrainingBatch, groups: int) -> TrainingBatch:
+    """The first groups of a batch whose samples are listed group by group."""
+    samples = sum(len(group) for group in batch.groups[:groups])
+    return TrainingBatch(
+        batch.prompts[:groups],
+        batch.groups[:groups],
+        batch.responses[:samples],
+        batch.engine_logprobs[:samples],
+        batch.advantages[:samples],
+        batch.temperature,
+        batch.old_logprobs[:samples],
+        batch.reference_logprobs[:samples],
+    )
+
+
+@torch.no_grad()
+def transformers_logprobs(folder: Path, batch: TrainingBatch) -> list[NDArray[np.float32]]:
+    """Log-probs [length] of each sample by transformers in fp32, one sequence at a time."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    found: list[NDArray[np.float32]] = []
+    for prompt, samples in zip(batch.prompts, batch.groups, strict=True):
+        for sample in samples:
+            response = torch.from_numpy(batch.responses[sample])
+            ids = torch.cat((torch.tensor(prompt), response))[None]
+            logits = model(ids).logits[0, len(prompt) - 1 : -1] / batch.temperature
+            picked = torch.log_softmax(logits, dim=-1).gather(1, response[:, None])
+            found.append(picked.squeeze(1).numpy())
+    return found
+
+
+def differences(a: Sequence[NDArray[Any]], b: Sequence[NDArray[Any]]) -> NDArray[np.float64]:
+    """|a - b| of every token, [tokens]."""
+    return np.abs(np.concatenate(a).astype(np.float64) - np.concatenate(b).astype(np.float64))
+
+
+def mean_difference(a: Sequence[NDArray[Any]], b: Sequence[NDArray[Any]]) -> float:
+    """Mean |a - b| over all tokens, in nats per token for log-probs."""
+    return float(differences(a, b).mean())
