@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import statistics
 import time
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from bench.simulated_engine import (
 from prorl_nemo.records import Sample
 from prorl_nemo.rollout.carried import carried_state, load_carried
 from prorl_nemo.rollout.dynamic_sampler import DynamicSampler
-from prorl_nemo.rollout.filling import NoSignalError, RolloutBatch
+from prorl_nemo.rollout.filling import Filling, NoSignalError, RolloutBatch
 from prorl_nemo.rollout.group_collector import GroupCollector, Sampling
 from prorl_nemo.rollout.keep_rate import KeepRate, is_certain
 from prorl_nemo.rollout.protocol import GenerationRequest, GenerationResult
@@ -131,6 +132,22 @@ def test_tokens_are_counted_and_few_are_in_vain() -> None:
     assert fleet.generated_tokens == pytest.approx(everything, rel=1e-4)
 
 
+def test_in_lockstep_nothing_depends_on_the_clock() -> None:
+    """Waves are started whole, so one may hold more groups with signal than the batch takes."""
+    world = World(keep_rate=0.9)
+    one, many = (sampler_in(world, engines, lockstep=True)[0] for engines in (1, 8))
+    first, evidence = 0, 0.0
+    for _ in range(3):
+        expected, _, first = walk(world, first, 16)
+        batches = [sampler.sample_batch(16, SAMPLING) for sampler in (one, many)]
+        assert [prompt_ids(batch) for batch in batches] == [expected, expected]
+        # What is known of the keep rate ages by a fifth with each batch.
+        evidence = 0.8 * (evidence + len(batches[0].decided))
+        known = one.state_dict()["keep_rate"]
+        assert known == many.state_dict()["keep_rate"]
+        assert known["seen"][0] == pytest.approx(evidence)
+
+
 def first_to_finish(world: World, wanted: int, in_flight: int) -> list[str]:
     """A batch by order of finishing, the rest thrown away: the rule we avoid."""
     prompts = SimulatedPrompts()
@@ -228,8 +245,19 @@ def test_a_pass_over_the_data_without_signal_stops() -> None:
     prompts = SimulatedPrompts(size=12)
     fleet = SimulatedFleet(World(keep_rate=0.0), 2, slots=64)
     sampler = DynamicSampler(fleet, SimulatedGrader(), prompts, SEED)
-    with pytest.raises(NoSignalError, match=r"a whole pass over the data \(12 prompts\)"):
+    with pytest.raises(NoSignalError, match=r"a whole pass over the data \(12 prompts\)") as error:
         sampler.sample_batch(4, SAMPLING, max_rejected_per_kept=1000)
+    # When the first of them, one of four of its task, is met for the third time.
+    assert re.search(r"task0 +0 of 9 ", str(error.value))
+
+
+def test_a_low_keep_rate_starts_no_more_prompts_than_the_limit_allows() -> None:
+    hopeless = KeepRate(4)
+    for _ in range(1000):
+        hopeless.observe([0.0] * 4, kept=False)
+    assert hopeless.chance(0) < 0.01
+    # Of 21 prompts for each kept group 20 may be rejected.
+    assert Filling(16).prompts_to_start(hopeless, max_rejected_per_kept=20.0) == 16 * 21
 
 
 class PickyFleet(SimulatedFleet):
@@ -262,6 +290,7 @@ def test_prompts_the_engine_cannot_serve_are_dropped_with_an_event() -> None:
     )
     batch = sampler.sample_batch(8, SAMPLING)
     assert batch.dropped == ["3", "4"]
+    assert fleet.poll(1.0) == []  # The other samples of those prompts were stopped.
     assert [i for i in walk(world, 0, 10)[0] if i not in "34"][:8] == prompt_ids(batch)
     assert events == [
         ("prompt_dropped", {"prompt_id": i, "reason": "too long"}) for i in ("3", "4")
@@ -460,17 +489,40 @@ def test_a_step_broken_off_is_done_again_from_the_same_state(calls: int) -> None
 
     sampler, fleet, prompts = sampler_in(world, engines=8, carry_over=True, on_progress=stop)
     sampler.sample_batch(16, SAMPLING)
-    waiting = list(prompts.waiting)
+    waiting, known = list(prompts.waiting), sampler.state_dict()["keep_rate"]
     left[0] = calls
     with pytest.raises(StopNow):
         sampler.sample_batch(16, SAMPLING)
     assert fleet.poll(1.0) == []
     assert list(prompts.waiting)[: len(waiting)] == waiting
+    assert sampler.state_dict()["keep_rate"] == known
     resumed = DynamicSampler(fleet, SimulatedGrader(), prompts, SEED, carry_over=True)
     resumed.load_state_dict(json.loads(json.dumps(sampler.state_dict())))
     batch = resumed.sample_batch(16, SAMPLING)
     assert [g.samples for g in batch.groups] == [g.samples for g in expected[1].groups]
     assert batch.tallies == expected[1].tallies
+
+
+def test_a_continued_sample_is_of_the_policy_that_began_it() -> None:
+    sampler, fleet, _ = sampler_in(World(), engines=8, carry_over=True)
+    begun: set[tuple[str, int]] = set()
+    seen = 0
+    for version in range(12):
+        fleet.weight_version = version
+        batch = sampler.sample_batch(16, SAMPLING)
+        for group in batch.groups:
+            for sample in group.samples:
+                if (group.prompt.prompt_id, sample.index) in begun:
+                    assert sample.weight_version == version - 1
+                    seen += 1
+        begun = {
+            (prompt_id, sample.index)
+            for (prompt_id, _), samples in sampler._carried.items()
+            for sample in samples
+            # Others wait since the batch before.
+            if sample.finish_reason == "interrupted" and sample.weight_version == version
+        }
+    assert seen > 10
 
 
 def test_a_new_stage_starts_without_what_was_carried_over() -> None:
