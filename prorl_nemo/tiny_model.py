@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from prorl_nemo.errors import ModelError
 
@@ -58,22 +58,9 @@ def tiny_model(
     """
     # Imported here: model_source promises a quick import.
     import torch
-    from transformers import (
-        GenerationConfig,
-        LlamaConfig,
-        LlamaForCausalLM,
-        Qwen2Config,
-        Qwen2ForCausalLM,
-        Qwen3Config,
-        Qwen3ForCausalLM,
-    )
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    families: dict[str, tuple[Any, Any]] = {
-        "llama": (LlamaConfig, LlamaForCausalLM),
-        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-    }
-    if family not in families:
+    if family not in (families := get_args(Family)):
         raise ModelError(f"tiny_model: family {family!r} is none of {', '.join(families)}")
     if hidden_size % heads or heads % kv_heads:
         raise ModelError(
@@ -84,8 +71,8 @@ def tiny_model(
         raise ModelError(f"{out}: not empty; give a new folder")
 
     tokenizer = _tiny_tokenizer(vocab_size, max_positions, seed)
-    config_class, model_class = families[family]
-    config = config_class(
+    config = AutoConfig.for_model(
+        family,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
@@ -100,7 +87,7 @@ def tiny_model(
         pad_token_id=tokenizer.pad_token_id,
     )
     with torch.random.fork_rng(devices=[]):
-        model = model_class(config)
+        model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         drawn = torch.randn(weight.shape, generator=generator)

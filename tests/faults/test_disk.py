@@ -12,15 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from real_run import RealRun, events_of, rows_of
+from real_run import RealRun, events_of, rows_of, short_run
 
 STEPS = 14
-SETTINGS = [
-    f"stages=[{{steps: {STEPS}}}]",
-    "validation.at_start=false",
-    "validation.interval=1000",
-    "checkpoint.interval=2",
-]
+SETTINGS = short_run(STEPS)
 
 
 class Disk:

@@ -8,15 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real_run import RealRun, events_of, rows_of
+from real_run import RealRun, events_of, rows_of, short_run
 
 STEPS = 8
-SETTINGS = [
-    f"stages=[{{steps: {STEPS}}}]",
-    "validation.at_start=false",
-    "validation.interval=1000",
-    "checkpoint.interval=2",
-]
+SETTINGS = short_run(STEPS)
 LAYOUT = ["policy.pipeline_parallel=2"]
 
 

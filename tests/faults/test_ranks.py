@@ -8,15 +8,10 @@ import signal
 import time
 from pathlib import Path
 
-from real_run import RANK, RealRun, events_of, rows_of
+from real_run import RANK, RealRun, events_of, rows_of, short_run
 
 STEPS = 8
-SETTINGS = [
-    f"stages=[{{steps: {STEPS}}}]",
-    "validation.at_start=false",
-    "validation.interval=1000",
-    "checkpoint.interval=2",
-]
+SETTINGS = short_run(STEPS)
 
 
 def hang(run: RealRun, phase: str, rank: int = -1) -> int:

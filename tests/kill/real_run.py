@@ -134,6 +134,16 @@ class RealRun:
         return " ".join(self.log.read_text(errors="replace")[-3000:].split())
 
 
+def short_run(steps: int) -> list[str]:
+    """Settings of a run of one stage, saved after every second step and validated at its end."""
+    return [
+        f"stages=[{{steps: {steps}}}]",
+        "validation.at_start=false",
+        "validation.interval=1000",
+        "checkpoint.interval=2",
+    ]
+
+
 def events_of(folder: Path, event: str | None = None) -> list[dict[str, Any]]:
     """The events of a run, of one name or all."""
     return [row for row in _rows(folder / "events.jsonl") if event in (None, row["event"])]
