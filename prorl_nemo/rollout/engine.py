@@ -1,5 +1,8 @@
 """One vLLM engine with continuous batching, in this process, on a thread of its own.
 
+With `EngineSettings.tensor_parallel` the model itself is in worker processes, children of this
+one, which schedules and asks them; the engine fails when one of them dies.
+
 Every call into vLLM happens on that thread, because neither `LLMEngine` nor OpenMP's thread pool
 is to be shared: requests and commands reach it through a queue, and between two commands it
 steps the engine for as long as there is work. Use it directly in a process apart from the
@@ -23,12 +26,13 @@ from typing import Any, TypeVar
 import torch
 
 from prorl_nemo.errors import UserError
-from prorl_nemo.rollout.complete_weights import EngineError, checkpoint_shapes, complete_weights
+from prorl_nemo.rollout.complete_weights import EngineError, checkpoint_shapes
 from prorl_nemo.rollout.engine_settings import EngineSettings, engine_arguments
 from prorl_nemo.rollout.protocol import GenerationRequest, GenerationResult
 from prorl_nemo.rollout.running import Running
 from prorl_nemo.rollout.weight_stream import WeightStream
-from prorl_nemo.rollout.weights import Bucket, weight_checksums
+from prorl_nemo.rollout.weights import Bucket, pack_buckets
+from prorl_nemo.rollout.workers import bind_to_engine, checksums, load_weights
 
 T = TypeVar("T")
 
@@ -141,15 +145,14 @@ class VllmEngine:
             EngineError: a tensor is missing, unknown or of a wrong shape, or vLLM failed. The
                 weights are mixed then, and the engine refuses all work.
         """
-        self._call(lambda: self._reload(version, named_tensors))
+        self._call(lambda: self._reload(version, ((b,) for b in pack_buckets(named_tensors))))
 
     def begin_update(self, version: int) -> None:
         """Open a weight update that arrives in buckets (`load_bucket`, `finish_update`)."""
         if self._update is not None:
             raise EngineError("a weight update is already open")
         stream = self._stream = WeightStream()
-        tensors = (tensor for parts in stream for tensor in parts[0].tensors(*parts[1:]))
-        self._update = self._post(lambda: self._reload(version, tensors))
+        self._update = self._post(lambda: self._reload(version, stream))
 
     def load_bucket(self, *parts: Bucket) -> None:
         """Hand over the next bucket, or its part from every trainer rank that has pieces of it.
@@ -178,7 +181,7 @@ class VllmEngine:
 
         Compare with `weights.weight_checksums` of what was sent.
         """
-        return self._call(self._checksums)
+        return self._call(lambda: checksums(self._llm, getattr(torch, self.settings.dtype)))
 
     def sleep(self) -> None:
         """Give the GPU's memory to a colocated trainer; the next weight update takes it back.
@@ -223,7 +226,7 @@ class VllmEngine:
                     raise EngineError(f"the engine failed: {self._failure!r}")
                 future.set_result(work())
             except BaseException as error:
-                future.set_exception(error)
+                future.set_exception(self._seen(error))
 
     def _start(self) -> Any:
         if self.settings.threads:
@@ -236,10 +239,24 @@ class VllmEngine:
             # The sampler holds one small compiled function: on CPU it gains nothing, and the
             # first token would wait seconds for a C++ compiler.
             torch._dynamo.config.disable = True
+            os.environ["TORCH_COMPILE_DISABLE"] = "1"  # The same for worker processes.
         try:
-            return LLMEngine.from_engine_args(EngineArgs(**engine_arguments(self.settings)))
+            llm = LLMEngine.from_engine_args(EngineArgs(**engine_arguments(self.settings)))
         except (ValueError, NotImplementedError) as error:
             raise UserError(f"vLLM cannot run {self.settings.model}: {error}") from error
+        if self.settings.tensor_parallel > 1:
+            bind_to_engine(llm, lambda: self._fail(EngineError("a worker process died")))
+        return llm
+
+    def _seen(self, error: BaseException) -> BaseException:
+        """What a caller is told. Whatever comes out of worker processes ends the engine."""
+        refusals = (EngineError, EngineBusyError, ValueError)
+        if self.settings.tensor_parallel == 1 or isinstance(error, refusals):
+            return error
+        self._fail(error)
+        failed = EngineError(f"the engine failed: {error!r}")
+        failed.__cause__ = error
+        return failed
 
     def _add_all(self, requests: Sequence[GenerationRequest]) -> None:
         try:
@@ -262,13 +279,12 @@ class VllmEngine:
         self._require_idle("score")
         return self._running.score(sequences)
 
-    def _reload(self, version: int, named_tensors: Iterable[tuple[str, Any]]) -> None:
+    def _reload(self, version: int, buckets: Iterable[tuple[Bucket, ...]]) -> None:
         self._require_idle("update weights")
         try:
             if self._asleep:
                 self._llm.wake_up(["weights"])
-            checked = complete_weights(named_tensors, self._shapes)
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": checked})
+            load_weights(self._llm, buckets, self._shapes)
             if self._asleep:
                 self._llm.wake_up(["kv_cache"])
                 self._asleep = False
@@ -288,18 +304,6 @@ class VllmEngine:
         self._require_idle("reset the prefix cache")
         if not self._llm.reset_prefix_cache():
             raise EngineError("the prefix cache holds blocks of finished requests")
-
-    def _checksums(self) -> dict[str, str]:
-        from prorl_nemo.rollout.readback import named_weights
-
-        dtype = getattr(torch, self.settings.dtype)
-
-        def compute(model: torch.nn.Module) -> dict[str, str]:
-            return weight_checksums(named_weights(model), dtype)
-
-        with torch.inference_mode():
-            checksums: dict[str, str] = self._llm.apply_model(compute)[0]
-            return checksums
 
     def _require_idle(self, what: str) -> None:
         if self._llm.has_unfinished_requests():
@@ -329,5 +333,5 @@ class VllmEngine:
 
     def _fail(self, error: BaseException) -> None:
         with self._news:
-            self._failure = error
+            self._failure = self._failure or error
             self._news.notify_all()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from prorl_nemo.rollout.complete_weights import EngineError
 from prorl_nemo.rollout.engine import EngineBusyError, EngineState
 from prorl_nemo.rollout.engine_settings import EngineSettings
 from prorl_nemo.rollout.fleet_member import ENGINE, Member
+from prorl_nemo.rollout.fleet_memory import KeptWeights, Restarts, references
 from prorl_nemo.rollout.protocol import GenerationRequest, GenerationResult
 
 POLL_SECONDS = 0.5
@@ -39,8 +39,9 @@ class Fleet:
     Args:
         settings: of every engine.
         count: engines.
-        actor_options: Ray options per engine (`num_cpus`, `num_gpus`, placement); default: none
-            reserved, since on one machine trainer and engines take turns.
+        actor_options: Ray options per engine (`num_cpus`, `num_gpus`, placement), and under
+            `environment` variables of its process; default: none reserved, since on one machine
+            trainer and engines take turns.
         on_event: called with an event's name and details (`engine_restarted`).
         hang_seconds: an engine with work that makes no step for so long is replaced.
         start_seconds: an engine that has not started after so long is replaced.
@@ -68,12 +69,8 @@ class Fleet:
         self._on_event = on_event
         self._hang_seconds = hang_seconds
         self._start_seconds = start_seconds
-        self._max_restarts = max_restarts
-        self._restart_window = restart_window
-        self._restarts: deque[float] = deque()
-        # Version and buckets, None where they must be asked for.
-        self._weights: tuple[int, list[tuple[Any, ...]] | None] | None = None
-        self._again: Callable[[], Iterable[Any]] | None = None
+        self._restarts = Restarts(max_restarts, restart_window)
+        self._weights: KeptWeights | None = None
         self._current = True
         self._early: list[GenerationResult] = []
         self._members = [Member(index, self._spawn(index)) for index in range(count)]
@@ -182,7 +179,7 @@ class Fleet:
 
     @property
     def weight_version(self) -> int:
-        return self._weights[0] if self._weights else 0
+        return self._weights.version if self._weights else 0
 
     def update_weights(
         self,
@@ -211,14 +208,14 @@ class Fleet:
             self.states()  # One that is missing would let the others wait.
         for member in self._members:
             member.actor.call.remote("begin_update", version)
-        references: list[tuple[Any, ...]] = []
+        kept: list[tuple[Any, ...]] = []
         for bucket in buckets:
-            parts = _references(bucket)
-            references.append(parts)
+            parts = references(bucket)
+            kept.append(parts)
             for member in self._members:
                 member.actor.call.remote("load_bucket", *parts)
-        self._weights, self._current = (version, None if again else references), True
-        self._again = again
+        self._weights = KeptWeights(version, None if again else kept, again)
+        self._current = True
         self._ask(self._members, lambda m: m.actor.call.remote("finish_update"))
 
     def weights_checksum(self) -> list[dict[str, str]]:
@@ -252,8 +249,10 @@ class Fleet:
     # Faults
 
     def _spawn(self, index: int) -> Any:
-        options = {"runtime_env": {"env_vars": self.settings.environment()}, "max_restarts": 0}
-        actor = ENGINE.options(**(options | self._options[index])).remote(self.settings)
+        options = dict(self._options[index])
+        variables = self.settings.environment() | options.pop("environment", {})
+        options |= {"runtime_env": {"env_vars": variables}, "max_restarts": 0}
+        actor = ENGINE.options(**options).remote(self.settings)
         actor.start.remote()
         return actor
 
@@ -267,9 +266,9 @@ class Fleet:
 
     def _ask(self, members: Sequence[Member], call: Callable[[Member], Any]) -> list[Any]:
         """One answer per member; None from an engine that died or failed, and was replaced."""
-        references = [call(member) for member in members]
+        asked = [call(member) for member in members]
         answers = []
-        for member, reference in zip(members, references, strict=True):
+        for member, reference in zip(members, asked, strict=True):
             limit = self._patience(member)
             try:
                 answers.append(ray.get(reference, timeout=limit))
@@ -315,30 +314,18 @@ class Fleet:
             self._replace(member, f"made no step for {silent:.0f} seconds")
 
     def _replace(self, member: Member, reason: str) -> None:
-        now = time.monotonic()
-        self._restarts.append(now)
-        while self._restarts[0] < now - self._restart_window:
-            self._restarts.popleft()
-        if len(self._restarts) > self._max_restarts:
+        failures, allowed = self._restarts.one_more(), self._restarts.most
+        if failures > allowed:
             raise FleetError(
-                f"rollout.max_engine_restarts: engine {member.index} {reason}; "
-                f"{len(self._restarts)} engine failures within {self._restart_window:.0f} seconds, "
-                f"{self._max_restarts} are allowed; look for memory (rollout.kv_cache_mib) and for "
-                "faults of the machine, and start again"
+                f"rollout.max_engine_restarts: engine {member.index} {reason}; {failures} engine "
+                f"failures within {self._restarts.window:.0f} seconds, {allowed} are allowed; look "
+                "for memory (rollout.kv_cache_mib) and for faults of the machine, and start again"
             )
         member.end()
         member.actor = self._spawn(member.index)
         member.poll, member.state, member.process, member.silent = None, None, None, 0.0
         if self._weights is not None:
-            version, references = self._weights
-            if references is None:
-                assert self._again is not None
-                references = [_references(bucket) for bucket in self._again()]
-                self._weights = version, references
-            member.actor.call.remote("begin_update", version)
-            for reference in references:
-                member.actor.call.remote("load_bucket", *reference)
-            member.actor.call.remote("finish_update")
+            self._weights.send(member.actor)
         if member.requests:
             member.actor.call.remote("submit", list(member.requests.values()))
         self._on_event(
@@ -350,8 +337,3 @@ class Fleet:
         waiting = sum(len(member.requests) for member in self._members)
         if waiting:
             raise EngineBusyError(f"cannot {what}: {waiting} requests are unanswered")
-
-
-def _references(bucket: Any) -> tuple[Any, ...]:
-    """The parts of a bucket in the object store."""
-    return bucket if isinstance(bucket, tuple) else (ray.put(bucket),)
