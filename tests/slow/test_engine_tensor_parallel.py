@@ -163,7 +163,7 @@ def workers(pid: int) -> list[psutil.Process]:
 
 
 def long_requests(tag: str) -> list[Any]:
-    return [request(f"{tag}{i}", i % 3, i, max_tokens=60) for i in range(12)]
+    return [request(f"{tag}{i}", i % 3, i, max_tokens=150) for i in range(24)]
 
 
 def content(results: dict[str, GenerationResult], tag: str) -> dict[str, Any]:
@@ -191,13 +191,12 @@ def test_lost_and_hung_workers_lose_no_sample_and_leave_nobody(tmp_path: Path) -
             (state,) = fleet.states()
             seen += [psutil.Process(state.pid), *workers(state.pid)]
             fleet.submit(long_requests(tag))
-            while (moved := fleet._members[0].state) is None or moved.steps == state.steps:
-                early = fleet.poll(0.1)
-                assert not early
+            early = fleet.poll(1.0)
             os.kill(state.pid if rank is None else seen[rank - 2].pid, how)
-            assert content(collect(fleet, 12), tag) == quiet
+            results = collect(fleet, 24 - len(early)) | {r.request_id: r for r in early}
+            assert content(results, tag) == quiet
             fleet.verify_weights(expected)
-        assert [event["resubmitted"] for event in events] == [12] * 3
+        assert len(events) == 3 and all(event["resubmitted"] > 0 for event in events)
         assert events[0]["reason"].startswith("failed")
         assert events[1]["reason"].startswith("made no step for")
         assert events[2]["reason"] == "died"
