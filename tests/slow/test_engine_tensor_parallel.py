@@ -29,10 +29,12 @@ from engines import (
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from prorl_nemo.rollout.broadcast_weights import BroadcastBucket, broadcast_buckets
+from prorl_nemo.rollout.engine import VllmEngine
+from prorl_nemo.rollout.engine_settings import EngineSettings
 from prorl_nemo.rollout.fleet import Fleet, FleetError
 from prorl_nemo.rollout.protocol import GenerationResult
 from prorl_nemo.rollout.shared_weights import SharedBucket, SharedWeights, make_memory_file
-from prorl_nemo.rollout.weights import Piece, pack_buckets, weight_checksums
+from prorl_nemo.rollout.weights import Piece, WeightBucket, pack_buckets, weight_checksums
 from prorl_nemo.tiny_model import Family, tiny_model
 from prorl_nemo.training.session import start_ray
 
@@ -132,27 +134,54 @@ def test_two_workers_compute_and_hold_what_was_sent(tmp_path: Path, family: Fami
         ray.kill(sender)
 
 
-def test_pieces_of_two_ranks_are_joined_by_each_worker(tmp_path: Path) -> None:
-    """A trainer with tensor parallelism of its own."""
-    folder = tiny_model("llama", tmp_path / "model")
+@ray.remote(num_cpus=0)
+class Bare:
+    """An engine without a fleet, whose second worker can be given other numbers."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self.engine = VllmEngine(settings)
+
+    def update(self, buckets: list[tuple[WeightBucket, ...]]) -> dict[str, str]:
+        self.engine.begin_update(1)
+        for parts in buckets:
+            self.engine.load_bucket(*parts)
+        self.engine.finish_update()
+        return self.engine.weights_checksum()
+
+    def spoil(self, names: list[str]) -> dict[str, str]:
+        def add(worker: Any) -> None:
+            for name in names:
+                if worker.rank == 1:
+                    worker.get_model().get_parameter(name).data[-1] += 1
+
+        self.engine._call(lambda: self.engine._llm.collective_rpc(add))
+        return self.engine.weights_checksum()
+
+
+def test_pieces_are_joined_by_each_worker_and_copies_must_be_equal(tmp_path: Path) -> None:
+    """A trainer of two tensor-parallel ranks; and what both workers of the engine have whole."""
+    folder = tiny_model("qwen2", tmp_path / "model", kv_heads=1)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    fleet = Fleet(settings(folder, tensor_parallel=2), 1, max_restarts=0)
-    try:
-        randomise(model, 5)
-        ranks = []
-        for rank in range(2):
-            pieces = [
-                Piece(name, tensor.chunk(2)[rank], 0, len(tensor))
-                if tensor.dim() == 2
-                else Piece(name, tensor)
-                for name, tensor in model.named_parameters()
-            ]
-            ranks.append(list(pack_buckets(pieces, None, BUCKET, first=rank == 0)))
-        parts = [tuple(map(ray.put, bucket)) for bucket in zip(*ranks, strict=True)]
-        fleet.update_weights(1, parts)
-        fleet.verify_weights(weight_checksums(model.state_dict().items(), torch.float32))
-    finally:
-        fleet.shutdown()
+    options = settings(folder, tensor_parallel=2)
+    engine = Bare.options(runtime_env={"env_vars": options.environment()}).remote(options)
+    randomise(model, 5)
+    ranks = []
+    for rank in range(2):
+        pieces = [
+            Piece(name, tensor.chunk(2)[rank], 0, len(tensor))
+            if tensor.dim() == 2
+            else Piece(name, tensor)
+            for name, tensor in model.named_parameters()
+        ]
+        ranks.append(list(pack_buckets(pieces, None, BUCKET, first=rank == 0)))
+    found = ray.get(engine.update.remote(list(zip(*ranks, strict=True))))
+    expected = weight_checksums(model.state_dict().items(), torch.float32)
+    assert {name: found[name] for name in expected} == expected
+    spoilt = ["model.norm.weight", "model.layers.0.self_attn.qkv_proj.bias"]
+    found = ray.get(engine.spoil.remote(spoilt))
+    wrong = {name for name in expected if found[name] != expected[name]}
+    assert wrong == {"model.norm.weight", "model.layers.0.self_attn.v_proj.bias"}
+    ray.kill(engine)
 
 
 def workers(pid: int) -> list[psutil.Process]:
