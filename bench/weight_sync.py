@@ -1,10 +1,10 @@
 """A policy update on its way into the engines: seconds, against what it cannot go below.
 
 Trainer ranks -> memory file -> engines, for float32 and bfloat16, one and two trainer ranks (tensor
-parallel), one and two engines. Beside it, for the same tensors: vLLM's own `reload_weights` inside
-as many processes at once as there are engines, which is what the engines have to do in any case,
-and a plain copy of the same bytes. Update and reload take turns, so that both meet the machine in
-the same mood; least and median of the repeats.
+parallel), one and two engines, and an engine of two workers. Beside it, for the same tensors:
+vLLM's own `reload_weights` inside as many processes at once as there are engines, which is what the
+engines have to do in any case, and a plain copy of the same bytes. Update and reload take turns, so
+that both meet the machine in the same mood; least and median of the repeats.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ from prorl_nemo.rollout.fleet import Fleet
 from prorl_nemo.training.session import start_ray
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
-CASES = tuple(itertools.product(("bf16", "fp32"), (1, 2), (1, 2)))
-"""(precision, trainer ranks, engines)."""
+CASES = (*itertools.product(("bf16", "fp32"), (1, 2), (1, 2), (1,)), ("bf16", 1, 1, 2))
+"""(precision, trainer ranks, engines, workers of an engine)."""
 
 REPEATS = 15
 
@@ -74,10 +75,10 @@ def seconds_of(action: Callable[[], Any]) -> float:
 
 def measured(recipe: Recipe, folder: Path, settings: EngineSettings) -> dict[str, float]:
     """Seconds of an update, which is then proved to have arrived, of reload and of copy."""
-    engines = recipe.rollout.engines
-    environment: dict[str, Any] = {"env_vars": settings.environment()}
+    engines, whole = recipe.rollout.engines, replace(settings, tensor_parallel=1)
+    environment: dict[str, Any] = {"env_vars": whole.environment()}
     alone = [
-        Alone.options(num_cpus=0, runtime_env=environment).remote(settings) for _ in range(engines)
+        Alone.options(num_cpus=0, runtime_env=environment).remote(whole) for _ in range(engines)
     ]
     policy, fleet = PolicyGroup(recipe, folder), Fleet(settings, engines)
     times: dict[str, list[float]] = {"sync": [], "reload": [], "copy": []}
@@ -111,23 +112,25 @@ def main(json_path: Path | None) -> None:
     rows: list[dict[str, Any]] = []
     start_ray()
     try:
-        for precision, ranks, engines in CASES:
+        for precision, ranks, engines, workers in CASES:
             recipe = load_recipe(
                 RECIPE,
                 [
                     f"policy.precision={precision}",
                     f"policy.tensor_parallel={ranks}",
                     f"rollout.engines={engines}",
+                    f"rollout.tensor_parallel={workers}",
                 ],
             )
             folder = resolve_model(recipe.model)
             settings = EngineSettings.from_recipe(recipe, folder)
             found = measured(recipe, folder, settings)
-            rows.append({"precision": precision, "ranks": ranks, "engines": engines, **found})
+            case = {"precision": precision, "ranks": ranks, "engines": engines}
+            rows.append({**case, "workers": workers, **found})
     finally:
         ray.shutdown()
     table = Table(title=f"weights of {recipe.model} into the engines")
-    names = ("precision", "ranks", "engines", "sync, s", "reload, s", "copy, s", "ratio")
+    names = ("precision", "ranks", "engines", "workers", "sync, s", "reload, s", "copy, s", "ratio")
     for column in (*names, "median ratio"):
         table.add_column(column, justify="right")
     for row in rows:
@@ -135,6 +138,7 @@ def main(json_path: Path | None) -> None:
             row["precision"],
             str(row["ranks"]),
             str(row["engines"]),
+            str(row["workers"]),
             f"{row['sync_seconds']:.2f}",
             f"{row['reload_seconds']:.2f}",
             f"{row['copy_seconds']:.3f}",

@@ -305,6 +305,9 @@ def evaluate(
     gpu_memory_share: Annotated[
         float, typer.Option(min=0.05, max=1, help="Of a GPU, for an engine.")
     ] = 0.9,
+    tensor_parallel: Annotated[
+        int, typer.Option(min=1, max=64, help="GPUs of an engine; on CPU, processes.")
+    ] = 1,
     served_model: Annotated[
         str | None, typer.Option(help="Name of the model on a server that has several.")
     ] = None,
@@ -391,6 +394,7 @@ def evaluate(
                 engine_threads,
                 kv_cache_mib,
                 gpu_memory_share,
+                tensor_parallel,
             ),
             served_model=served_model,
             concurrency=concurrency,

@@ -31,6 +31,12 @@ class Rollout(Section):
     max_response_tokens: Positive = Field(8192, description="Response limit, end of turn included.")
     temperature: float = Field(1.2, gt=0, le=2, description="ProRL v1: 1.2.")
     engines: int = Field(1, ge=1, le=4096, description="vLLM engines, a process each.")
+    tensor_parallel: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="GPUs of one node that share each matrix of an engine; on CPU, processes.",
+    )
     engine_threads: Threads | None = Field(
         None, description="CPU threads per engine; default: cores divided by engines."
     )

@@ -83,6 +83,7 @@ def _rollout(settings: dict[str, Any]) -> None:
         "samples_per_prompt": _SAMPLES,
         "max_response_tokens": max(4, round(rollout["max_response_tokens"] * scale)),
         "engines": 1,
+        "tensor_parallel": min(2, rollout["tensor_parallel"]),
         "engine_threads": 1,
         "kv_cache_mib": 64,
         "weight_transfer": "host",

@@ -1,8 +1,9 @@
 """Which node each trainer rank and each engine runs on, and the reservation that keeps it there.
 
 Our choice: the nodes are chosen here, by a pure function (`assign`), and Ray's placement group only
-holds what was chosen. On GPU nodes a bundle is one GPU, which a rank and an engine share; on CPU
-nodes it is the node. Ranks that exchange messages in every layer are neighbours on one node.
+holds what was chosen. On GPU nodes a bundle is one GPU, which a rank and an engine share, or one of
+the GPUs of an engine; on CPU nodes it is the node. Ranks that exchange messages in every layer are
+neighbours on one node.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from ray.exceptions import RayError
@@ -59,40 +60,48 @@ class Assignment:
     Attributes:
         bundles: node id of each bundle.
         gpu: whether a bundle is a GPU; else it is a node.
-        ranks, engines: bundle of each.
+        ranks: bundle of each.
+        engines: bundles of each; one, or the GPUs that share its matrices.
     """
 
     bundles: tuple[str, ...]
     gpu: bool
     ranks: tuple[int, ...]
-    engines: tuple[int, ...]
+    engines: tuple[tuple[int, ...], ...]
 
     def node(self, bundle: int) -> str:
         return self.bundles[bundle]
 
     def neighbours(self, bundles: Sequence[int], bundle: int) -> int:
-        """How many of `bundles` (of all ranks, or of all engines) are on one bundle's node."""
+        """How many of `bundles` (of all ranks, or one of each engine) are on one bundle's node."""
         return sum(self.bundles[other] == self.bundles[bundle] for other in bundles)
 
     @property
     def one_machine(self) -> bool:
         """Whether all ranks and engines share a node, and so its memory."""
-        return len({self.node(bundle) for bundle in (*self.ranks, *self.engines)}) == 1
+        used = {*self.ranks, *(bundle for engine in self.engines for bundle in engine)}
+        return len({self.node(bundle) for bundle in used}) == 1
 
     def gpu_share(self, bundle: int) -> float:
         """Of a bundle's GPU, for each process in it."""
-        return 1.0 / (self.ranks.count(bundle) + self.engines.count(bundle)) if self.gpu else 0.0
+        users = self.ranks.count(bundle) + sum(bundle in engine for engine in self.engines)
+        return 1.0 / users if self.gpu else 0.0
 
 
-def assign(nodes: Sequence[Node], policy: Policy, engines: int) -> Assignment:
+def assign(
+    nodes: Sequence[Node], policy: Policy, engines: int, tensor_parallel: int = 1
+) -> Assignment:
     """Ranks in order over the nodes, whole groups on a node; engines beside them, evenly.
+
+    Args:
+        tensor_parallel: GPUs of one node that an engine has.
 
     Raises:
         ClusterError: there are too few GPUs, or no node holds a tensor-parallel group.
     """
     with_gpus = [node for node in nodes if node.gpus]
     if with_gpus:
-        return _on_gpus(with_gpus, policy, engines)
+        return _on_gpus(with_gpus, policy, engines, tensor_parallel)
     if not nodes:
         raise ClusterError("RAY_ADDRESS: the Ray cluster has no node that answers")
     groups = policy.ranks // policy.tensor_parallel
@@ -101,11 +110,11 @@ def assign(nodes: Sequence[Node], policy: Policy, engines: int) -> Assignment:
         for group in range(groups)
         for _ in range(policy.tensor_parallel)
     ]
-    spread = [engine * len(nodes) // max(engines, len(nodes)) for engine in range(engines)]
+    spread = [(engine * len(nodes) // max(engines, len(nodes)),) for engine in range(engines)]
     return Assignment(tuple(n.id for n in nodes), False, tuple(ranks), tuple(spread))
 
 
-def _on_gpus(nodes: Sequence[Node], policy: Policy, engines: int) -> Assignment:
+def _on_gpus(nodes: Sequence[Node], policy: Policy, engines: int, split: int) -> Assignment:
     tensor, inner = policy.tensor_parallel, policy.tensor_parallel * policy.context_parallel
     largest = max(node.gpus for node in nodes)
     if tensor > largest:
@@ -113,25 +122,49 @@ def _on_gpus(nodes: Sequence[Node], policy: Policy, engines: int) -> Assignment:
             f"policy.tensor_parallel: {tensor} ranks exchange messages in every layer and must be "
             f"on one node, the largest has {largest} GPUs; use at most {largest}"
         )
+    if split > largest:
+        raise ClusterError(
+            f"rollout.tensor_parallel: the {split} GPUs of an engine must be on one node, the "
+            f"largest has {largest}; use at most {largest}"
+        )
     unit = inner if inner <= largest else tensor
-    bundles: list[str] = []
-    spare: list[str] = []
+    ranks: list[_Place] = []
+    beside: list[list[_Place]] = []
+    free: list[list[_Place]] = []
     for node in nodes:
-        whole = min(node.gpus // unit * unit, policy.ranks - len(bundles))
-        bundles += [node.id] * whole
-        spare += [node.id] * (node.gpus - whole)
-    ranks, more = len(bundles), max(0, engines - policy.ranks)
-    if ranks < policy.ranks or more > len(spare):
+        whole = min(node.gpus // unit * unit, policy.ranks - len(ranks))
+        places = [_Place(node.id, gpu) for gpu in range(node.gpus)]
+        ranks += places[:whole]
+        for start in range(0, node.gpus - split + 1, split):
+            (beside if start < whole else free).append(places[start : start + split])
+    if len(ranks) < policy.ranks or len(beside) + len(free) < engines:
         there = ", ".join(f"{node.host} {node.gpus}" for node in nodes)
         groups = f" in groups of {unit} on a node" if unit > 1 else ""
+        several = f" of {split} on a node" if split > 1 else ""
         raise ClusterError(
-            f"policy.data_parallel: {policy.ranks} trainer ranks{groups} and {engines} engines "
-            f"need {max(policy.ranks, engines)} GPUs; the Ray cluster has {there}. Use a smaller "
-            "layout, fewer rollout.engines, or more nodes"
+            f"policy.data_parallel: {policy.ranks} trainer ranks{groups} and {engines} "
+            f"engines{several} need {max(policy.ranks, engines * split)} GPUs; the Ray cluster has "
+            f"{there}. Use a smaller layout, fewer rollout.engines, or more nodes"
         )
-    beside = [engine * ranks // min(engines, ranks) for engine in range(min(engines, ranks))]
-    beside += range(ranks, ranks + more)
-    return Assignment((*bundles, *spare[:more]), True, tuple(range(ranks)), tuple(beside))
+    near = min(engines, len(beside))
+    chosen = [beside[engine * len(beside) // near] for engine in range(near)]
+    chosen += free[: engines - near]
+    numbers = {place: bundle for bundle, place in enumerate(ranks)}
+    for place in (place for engine in chosen for place in engine):
+        numbers.setdefault(place, len(numbers))
+    return Assignment(
+        tuple(place.node for place in numbers),
+        True,
+        tuple(range(len(ranks))),
+        tuple(tuple(numbers[place] for place in engine) for engine in chosen),
+    )
+
+
+class _Place(NamedTuple):
+    """A GPU, by a number of its node that only tells it from the others."""
+
+    node: str
+    gpu: int
 
 
 class Placement:
@@ -149,8 +182,22 @@ class Placement:
         return self._options(self.assignment.ranks[rank])
 
     def engine_options(self) -> list[dict[str, Any]]:
-        """Ray options of each engine's actor."""
-        return [self._options(bundle) for bundle in self.assignment.engines]
+        """What `fleet.Fleet` is to start each engine's actor with.
+
+        Ray puts an actor into one bundle and gives it no share of several GPUs. So an engine with
+        several is put into its first bundle and told the GPUs of all; the group holds them.
+        """
+        options = [self._options(bundles[0]) for bundles in self.assignment.engines]
+        for engine, bundles in zip(options, self.assignment.engines, strict=True):
+            if len(bundles) > 1:
+                tasks = [_device.options(**self._options(b)).remote() for b in bundles]
+                engine["num_gpus"] = 0
+                engine["environment"] = {
+                    "CUDA_VISIBLE_DEVICES": ",".join(ray.get(tasks)),
+                    # Without it Ray hides all GPUs from an actor that asks for none.
+                    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+                }
+        return options
 
     def local_ranks(self, rank: int) -> int:
         """Trainer ranks on this rank's node."""
@@ -160,8 +207,8 @@ class Placement:
     @property
     def local_engines(self) -> int:
         """Engines on the node that has most."""
-        assignment = self.assignment
-        return max(assignment.neighbours(assignment.engines, e) for e in assignment.engines)
+        firsts = [bundles[0] for bundles in self.assignment.engines]
+        return max(self.assignment.neighbours(firsts, bundle) for bundle in firsts)
 
     def check(self) -> None:
         """Raises NodeLost if a node of the run answers no more."""
@@ -197,7 +244,8 @@ def reserve(recipe: Recipe, model: Path) -> Iterator[Placement]:
     else:
         with canary(recipe.run_dir.parent) as file:
             seen = answering([n.id for n in known], [str(model / "config.json"), str(file)])
-    assignment = assign([n for n in known if n.id in seen], recipe.policy, recipe.rollout.engines)
+    rollout, there = recipe.rollout, [n for n in known if n.id in seen]
+    assignment = assign(there, recipe.policy, rollout.engines, rollout.tensor_parallel)
     used = set(assignment.bundles)
     hosts = {node.id: node.host for node in known if node.id in used}
     blind = {hosts[node]: missing for node, missing in seen.items() if node in used and missing}
@@ -274,6 +322,12 @@ def answering(nodes: Iterable[str], files: Sequence[str] = ()) -> dict[str, list
     for reference in late:
         ray.cancel(reference, force=True)
     return found
+
+
+@ray.remote(max_retries=0)
+def _device() -> str:
+    """The GPU that Ray has given this task."""
+    return os.environ["CUDA_VISIBLE_DEVICES"]
 
 
 @ray.remote

@@ -102,7 +102,7 @@ class _RankActor:
         elif transfer == "broadcast":
             yield from broadcast_buckets(
                 worker.export_weights(),
-                rollout.engines,
+                rollout.engines * rollout.tensor_parallel,
                 ray.util.get_node_ip_address(),
                 limit=limit,
                 seconds=rollout.engine_hang_seconds,

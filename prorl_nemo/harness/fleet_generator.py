@@ -14,6 +14,7 @@ from prorl_nemo.data.chat import ChatRenderer, PromptDropped, load_tokenizer
 from prorl_nemo.errors import UserError
 from prorl_nemo.evaluation.benchmark import Sampling
 from prorl_nemo.harness.generator import Answer, CannotAsk, Rendered, Wanted
+from prorl_nemo.rollout.engine_split import split_problem
 
 # Twice what an engine computes at once: the next requests wait beside it, not in this process.
 _QUEUED = 2
@@ -22,10 +23,10 @@ _NO_LIMIT = 1 << 40
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Engines of an evaluation; only precision and batch_invariant change what is computed.
+    """Engines of an evaluation; what changes what is computed is in `FleetGenerator.settings`.
 
     Attributes:
-        engines: processes, on GPUs one GPU each; None: one for each GPU, one on CPU.
+        engines: None: as many as GPUs have room for, one on CPU.
         precision: bf16 or fp32; None: bf16 on GPUs, fp32 on CPU.
         batch_invariant: a sample does not depend on what is computed beside it, so the number of
             engines changes nothing. On GPUs by vLLM's kernels for it, on CPU by fp32, where
@@ -33,6 +34,7 @@ class EngineOptions:
         max_sequences: requests computed at once by an engine.
         threads: CPU threads of an engine; None: the cores divided by the engines.
         kv_cache_mib: None: 512 on CPU, `gpu_memory_share` on a GPU.
+        tensor_parallel: GPUs of an engine, on CPU processes.
     """
 
     engines: int | None = None
@@ -42,6 +44,7 @@ class EngineOptions:
     threads: int | None = None
     kv_cache_mib: int | None = None
     gpu_memory_share: float = 0.9
+    tensor_parallel: int = 1
 
 
 class FleetGenerator:
@@ -91,9 +94,12 @@ class FleetGenerator:
 
         gpus = self._gpus()
         options, precision = self._options, self._precision()
-        count = options.engines or max(1, gpus)
-        if gpus and count > gpus:
-            raise UserError(f"--engines: {count} engines need a GPU each; there are {gpus}")
+        split = options.tensor_parallel
+        _check_split(self.folder, split)
+        count = options.engines or max(1, gpus // split)
+        if gpus and count * split > gpus:
+            each = "a GPU" if split == 1 else f"{split} GPUs"
+            raise UserError(f"--engines: {count} engines need {each} each; there are {gpus}")
         cache = options.kv_cache_mib or (None if gpus else 512)
         settings = EngineSettings(
             model=str(self.folder),
@@ -104,8 +110,9 @@ class FleetGenerator:
             gpu_memory_share=options.gpu_memory_share,
             batch_invariant=bool(gpus) and options.batch_invariant,
             threads=options.threads or (None if gpus else max(1, (os.cpu_count() or 1) // count)),
+            tensor_parallel=split,
         )
-        place = {"num_cpus": 0} | ({"num_gpus": 1} if gpus else {})
+        place = {"num_cpus": 0} | ({"num_gpus": split} if gpus else {})
         self._fleet = Fleet(settings, count, actor_options=[place] * count, on_event=self._on_event)
         self._stack.callback(self._fleet.shutdown)
         self.capacity = options.max_sequences * _QUEUED * count
@@ -146,11 +153,14 @@ class FleetGenerator:
         return answers
 
     def settings(self) -> dict[str, Any]:
-        return {
+        settings = {
             "kind": "fleet",
             "precision": self._precision(),
             "batch_invariant": self._options.batch_invariant,
         }
+        # The parts of a product are added in another order.
+        split = self._options.tensor_parallel
+        return settings | ({"tensor_parallel": split} if split > 1 else {})
 
     def _precision(self) -> str:
         """Raises UserError where it cannot be batch-invariant."""
@@ -176,6 +186,20 @@ class FleetGenerator:
 
     def close(self) -> None:
         self._stack.close()
+
+
+def _check_split(folder: Path, ways: int) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    heads = config["num_attention_heads"]
+    problem = split_problem(
+        ways,
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        ffn=config["intermediate_size"],
+        vocab=config["vocab_size"],
+    )
+    if problem:
+        raise UserError(f"--tensor-parallel: {problem}")
 
 
 def _context(folder: Path) -> int | None:

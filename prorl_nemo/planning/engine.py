@@ -1,4 +1,4 @@
-"""One vLLM engine on one GPU: its memory beside the trainer's, and how fast it decodes.
+"""One vLLM engine: its memory on each GPU beside the trainer's, and how fast it decodes.
 
 Decoding is bound by what a step must read, weights and the KV cache of all sequences, or by what it
 must compute (the roofline of Williams et al., CACM 52(4), 2009). Engines stay loaded while the
@@ -22,11 +22,12 @@ _ACTIVATIONS = 3 * GIB // 2  # Of an engine's prefill, with its graphs. Our choi
 
 @dataclass(frozen=True)
 class Engine:
-    """Memory of an engine, in bytes; `token` is what one token's keys and values take.
+    """Memory of an engine on one GPU, in bytes; `token` is what one token's keys and values take.
 
     Attributes:
         activations: of its prefill and CUDA graphs.
         sleeps: whether weights and cache are dropped while the policy is trained.
+        gpus: that share its matrices.
     """
 
     weights: int
@@ -34,6 +35,7 @@ class Engine:
     kv_cache: int
     token: int
     sleeps: bool = False
+    gpus: int = 1
 
     @property
     def total(self) -> int:
@@ -52,15 +54,17 @@ class Engine:
 def engine_memory(recipe: Recipe, spec: ModelSpec, gpu: Gpu) -> Engine:
     """What the recipe's rollout section gives an engine; the cache may come out negative."""
     rollout = recipe.rollout
+    gpus = rollout.tensor_parallel
     w = width(rollout.precision or recipe.policy.precision)
     head = FP32 * spec.vocab * spec.hidden if rollout.fp32_head and w < FP32 else 0
-    weights = w * spec.parameters + head
+    weights = (w * spec.parameters + head) // gpus
     if rollout.kv_cache_mib:
-        cache = rollout.kv_cache_mib << 20
+        cache = (rollout.kv_cache_mib << 20) // gpus
     else:
         cache = int(gpu.memory * rollout.gpu_memory_share) - weights - _ACTIVATIONS
-    token = 2 * spec.layers * spec.groups * spec.head_dim * w
-    return Engine(weights, _ACTIVATIONS, cache, token, rollout.sleep_in_updates)
+    # With fewer key/value heads than GPUs each head is on several of them.
+    token = 2 * spec.layers * max(1, spec.groups // gpus) * spec.head_dim * w
+    return Engine(weights, _ACTIVATIONS, cache, token, rollout.sleep_in_updates, gpus)
 
 
 @dataclass(frozen=True)
@@ -86,10 +90,13 @@ class Generation:
 def decode_seconds(
     spec: ModelSpec, engine: Engine, gpu: Gpu, share: Efficiency, batch: float, context: float
 ) -> float:
-    """One token for each of `batch` sequences of `context` tokens."""
+    """One token for each of `batch` sequences of `context` tokens.
+
+    Over several GPUs without the time of their messages.
+    """
     flops = batch * (2 * spec.parameters + 4 * spec.layers * spec.heads * spec.head_dim * context)
     read = engine.weights + batch * context * engine.token
-    computed = flops / (gpu.bf16_flops * share.compute)
+    computed = flops / engine.gpus / (gpu.bf16_flops * share.compute)
     return max(computed, read / (gpu.bandwidth * share.bandwidth)) + share.iteration
 
 
@@ -109,5 +116,5 @@ def generation_seconds(
     last = max(1.0, batch / 4)
     late = work.prompt + (work.mean + work.limit) / 2
     tail = (work.limit - work.mean) * decode_seconds(spec, engine, gpu, share, last, late)
-    prefill = 2 * spec.parameters * work.prompts * work.prompt / engines
+    prefill = 2 * spec.parameters * work.prompts * work.prompt / engines / engine.gpus
     return full + work.rounds * tail + prefill / (gpu.bf16_flops * share.compute)

@@ -1,8 +1,8 @@
 """All ways to spread the policy over N GPUs, the best that fits first, and why others do not.
 
 A layout is the sizes of the axes, with the cheapest recomputation and the longest rows that fit.
-Every GPU holds a trainer rank and an engine (docs/architecture.md): engines are not split over
-GPUs, so their number follows from N.
+Every GPU holds a trainer rank and an engine, or its share of one (docs/architecture.md): the number
+of engines follows from N and `rollout.tensor_parallel`.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Layout:
             for key in (*keys, "tokens_per_microbatch")
             if getattr(self.policy, key) != getattr(recipe.policy, key)
         ]
-        gpus = self.policy.ranks
-        return changed + [f"rollout.engines={gpus}"] * (recipe.rollout.engines != gpus)
+        engines = self.policy.ranks // recipe.rollout.tensor_parallel
+        return changed + [f"rollout.engines={engines}"] * (recipe.rollout.engines != engines)
 
 
 def longest_response(recipe: Recipe) -> int:
@@ -78,7 +78,8 @@ def examine(
     if reason:
         return Layout(policy, row, None, None, reason)
     memory = trainer_memory(spec, policy, row, recipe.checkpoint.background)
-    time = step_time(spec, policy, gpu, engine, policy.ranks, work, recipe.rollout.weight_transfer)
+    engines, transfer = policy.ranks // engine.gpus, recipe.rollout.weight_transfer
+    time = step_time(spec, policy, gpu, engine, engines, work, transfer)
     left = room(gpu, engine)
     if memory.peak > left:
         reason = (

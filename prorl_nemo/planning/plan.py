@@ -23,6 +23,7 @@ from prorl_nemo.planning.shapes import model_shape
 from prorl_nemo.planning.step_time import StepTime, Workload, step_time
 from prorl_nemo.recipe import Recipe
 from prorl_nemo.recipe_training import Stage
+from prorl_nemo.rollout.engine_split import split_problem
 
 MOST_GPUS = 4096
 
@@ -156,6 +157,7 @@ def make_plan(
             f"data.max_prompt_tokens + rollout.max_response_tokens: {context} tokens exceed the "
             f"model's {spec.max_positions} positions; lower one of them"
         )
+    _check_split(recipe, spec, gpus)
     engine = engine_memory(recipe, spec, gpu)
     _check_engine(recipe, gpu, engine, context)
     work = [workload(recipe, stage, assumed) for stage in recipe.stages]
@@ -191,6 +193,17 @@ def _check_arguments(recipe: Recipe, gpus: int, assumed: Assumptions) -> None:
             "--mean-prompt: tokens, above 0 and at most data.max_prompt_tokens "
             f"({recipe.data.max_prompt_tokens})"
         )
+
+
+def _check_split(recipe: Recipe, spec: ModelSpec, gpus: int) -> None:
+    ways = recipe.rollout.tensor_parallel
+    problem = split_problem(
+        ways, heads=spec.heads, kv_heads=spec.groups, ffn=spec.ffn, vocab=spec.vocab
+    )
+    if not problem and (ways > GPUS_PER_NODE or min(gpus, GPUS_PER_NODE) % ways):
+        problem = f"engines of {ways} GPUs do not fill nodes of {min(gpus, GPUS_PER_NODE)}"
+    if problem:
+        raise RecipeError(f"rollout.tensor_parallel: {problem}")
 
 
 def _check_engine(recipe: Recipe, gpu: Gpu, engine: Engine, context: int) -> None:
@@ -250,5 +263,5 @@ def _stage_plan(
         steps=stage.steps,
         limit=work.generation.limit,
         samples=int(work.generation.samples),
-        time=step_time(spec, layout.policy, gpu, engine, gpus, work, transfer),
+        time=step_time(spec, layout.policy, gpu, engine, gpus // engine.gpus, work, transfer),
     )

@@ -122,7 +122,7 @@ def simulate(
         layout = _largest_layout(recipe, gpu_name, gpus, assumed)
         if layout is None or layout.time is None:
             continue
-        seconds, first = simulate_generation(generation, gpus, places, token_seconds)
+        seconds, first = simulate_generation(generation, gpus // engine.gpus, places, token_seconds)
         responses = generation.prompts * generation.samples
         serial = responses * max(CONTROLLER_SECONDS, GRADING_SECONDS / GRADERS)
         nodes = max(1, gpus // GPUS_PER_NODE)

@@ -33,31 +33,56 @@ def checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def complete_weights(
-    named_tensors: Iterable[tuple[str, Any]], shapes: Mapping[str, tuple[int, ...]]
-) -> Iterator[tuple[str, Any]]:
-    """Pass on a stream of tensors that must be exactly those of `shapes`.
+class CompleteWeights:
+    """Checks the tensors of one update against those of the model.
 
     vLLM only logs a missing tensor. And unless `lm_head.weight` is sent, it silently keeps the old
     packed head of a tied model: where `shapes` has no head, the embedding is passed on as one.
 
-    Raises:
-        EngineError: a tensor is missing, unknown, sent twice or of a wrong shape.
+    Args:
+        shapes: of every tensor, by name; see `checkpoint_shapes`.
     """
-    missing = dict(shapes)
-    embedding = None
-    for name, tensor in named_tensors:
-        if name == "lm_head.weight" and name not in shapes:
-            continue
-        expected = missing.pop(name, None)
-        if expected is None:
-            raise EngineError(f"{name}: sent twice, or not a tensor of the model")
-        if tuple(tensor.shape) != expected:
-            raise EngineError(f"{name}: shape {tuple(tensor.shape)}, expected {expected}")
-        if name == "model.embed_tokens.weight":
-            embedding = tensor
-        yield name, tensor
-    if missing:
-        raise EngineError(f"{len(missing)} tensors never arrived: {', '.join(missing)[:200]}")
-    if "lm_head.weight" not in shapes:
-        yield "lm_head.weight", embedding
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._shapes = shapes
+        self._missing = dict(shapes)
+        self._embedding: Any = None
+
+    def checked(self, named_tensors: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+        """Pass on some of the tensors.
+
+        Raises:
+            EngineError: one is unknown, sent twice or of a wrong shape.
+        """
+        for name, tensor in named_tensors:
+            if name == "lm_head.weight" and name not in self._shapes:
+                continue
+            expected = self._missing.pop(name, None)
+            if expected is None:
+                raise EngineError(f"{name}: sent twice, or not a tensor of the model")
+            if tuple(tensor.shape) != expected:
+                raise EngineError(f"{name}: shape {tuple(tensor.shape)}, expected {expected}")
+            if name == "model.embed_tokens.weight":
+                self._embedding = tensor
+            yield name, tensor
+
+    def rest(self) -> Iterator[tuple[str, Any]]:
+        """What is to follow the last of them.
+
+        Raises:
+            EngineError: a tensor never came.
+        """
+        if self._missing:
+            names = ", ".join(self._missing)[:200]
+            raise EngineError(f"{len(self._missing)} tensors never arrived: {names}")
+        if "lm_head.weight" not in self._shapes:
+            yield "lm_head.weight", self._embedding
+
+
+def complete_weights(
+    named_tensors: Iterable[tuple[str, Any]], shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[str, Any]]:
+    """All tensors of an update, as `CompleteWeights` passes them on."""
+    complete = CompleteWeights(shapes)
+    yield from complete.checked(named_tensors)
+    yield from complete.rest()

@@ -37,17 +37,18 @@ class CudaBucket:
         """The tensors, whole, as views of the sender's memory: read them, never write.
 
         Raises:
-            ValueError: this process works on another GPU.
+            ValueError: this process does not see the sender's GPU.
         """
         from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
-        device = torch.cuda.current_device()
-        here = gpu_uuid(device)
-        if here != self.gpu:
+        # Of the GPUs that share an engine's matrices one is the sender's; the others read from it.
+        here = {gpu_uuid(index): index for index in range(torch.cuda.device_count())}
+        if self.gpu not in here:
             raise ValueError(
                 f"rollout.weight_transfer: cuda_ipc needs engine and trainer rank on one GPU, "
-                f"found {here} and {self.gpu}; use host"
+                f"found {', '.join(here)} and {self.gpu}; use host"
             )
+        device = here[self.gpu]
         # The sender's index of the device (argument 6) may be another one than ours.
         arguments = [*self.handle[:6], device, *self.handle[7:]]
         yield from views(rebuild_cuda_tensor(*arguments), self.entries)

@@ -1,5 +1,8 @@
 """One vLLM engine with continuous batching, in this process, on a thread of its own.
 
+With `EngineSettings.tensor_parallel` the model itself is in worker processes, children of this
+one, which schedules and asks them; the engine fails when one of them dies.
+
 Every call into vLLM happens on that thread, because neither `LLMEngine` nor OpenMP's thread pool
 is to be shared: requests and commands reach it through a queue, and between two commands it
 steps the engine for as long as there is work. Use it directly in a process apart from the
@@ -14,8 +17,7 @@ import os
 import queue
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,17 +26,15 @@ from typing import Any, TypeVar
 import torch
 
 from prorl_nemo.errors import UserError
-from prorl_nemo.rollout.complete_weights import EngineError, checkpoint_shapes, complete_weights
+from prorl_nemo.rollout.complete_weights import EngineError, checkpoint_shapes
 from prorl_nemo.rollout.engine_settings import EngineSettings, engine_arguments
 from prorl_nemo.rollout.protocol import GenerationRequest, GenerationResult
-from prorl_nemo.rollout.seeds import continuation_seed
-from prorl_nemo.rollout.weights import Bucket, weight_checksums
+from prorl_nemo.rollout.running import Running
+from prorl_nemo.rollout.weight_stream import WeightStream
+from prorl_nemo.rollout.weights import Bucket, pack_buckets
+from prorl_nemo.rollout.workers import bind_to_engine, checksums, load_weights
 
 T = TypeVar("T")
-_Buckets = queue.Queue[tuple[Bucket, ...] | None]
-
-BUCKET_TIMEOUT_SECONDS = 300.0
-"""Silence of the sender after which a weight update has failed."""
 
 
 class EngineBusyError(RuntimeError):
@@ -68,12 +68,8 @@ class VllmEngine:
         self._finished: list[GenerationResult] = []
         self._news = threading.Condition()
         self._failure: BaseException | None = None
-        self._internal_ids: dict[str, str] = {}
-        self._prefixes: dict[str, list[int]] = {}
-        self._weight_version = 0
-        self._steps = 0
         self._asleep = False
-        self._buckets: _Buckets | None = None
+        self._stream: WeightStream | None = None
         self._update: Future[None] | None = None
         self._shapes = checkpoint_shapes(Path(settings.model))
         ready: Future[None] = Future()
@@ -129,12 +125,9 @@ class VllmEngine:
 
     @property
     def state(self) -> EngineState:
+        running = self._running
         return EngineState(
-            socket.gethostname(),
-            os.getpid(),
-            self._weight_version,
-            self._steps,
-            len(self._internal_ids),
+            socket.gethostname(), os.getpid(), running.weight_version, running.steps, len(running)
         )
 
     # Weights
@@ -152,15 +145,14 @@ class VllmEngine:
             EngineError: a tensor is missing, unknown or of a wrong shape, or vLLM failed. The
                 weights are mixed then, and the engine refuses all work.
         """
-        self._call(lambda: self._reload(version, named_tensors))
+        self._call(lambda: self._reload(version, ((b,) for b in pack_buckets(named_tensors))))
 
     def begin_update(self, version: int) -> None:
         """Open a weight update that arrives in buckets (`load_bucket`, `finish_update`)."""
         if self._update is not None:
             raise EngineError("a weight update is already open")
-        self._buckets = queue.Queue(maxsize=4)
-        arriving = self._arriving(self._buckets)
-        self._update = self._post(lambda: self._reload(version, arriving))
+        stream = self._stream = WeightStream()
+        self._update = self._post(lambda: self._reload(version, stream))
 
     def load_bucket(self, *parts: Bucket) -> None:
         """Hand over the next bucket, or its part from every trainer rank that has pieces of it.
@@ -172,7 +164,7 @@ class VllmEngine:
     def finish_update(self) -> None:
         """Close the update. Raises as `update_weights` does."""
         self._offer(None)
-        update, self._update, self._buckets = self._update, None, None
+        update, self._update, self._stream = self._update, None, None
         assert update is not None
         update.result()
 
@@ -189,7 +181,7 @@ class VllmEngine:
 
         Compare with `weights.weight_checksums` of what was sent.
         """
-        return self._call(self._checksums)
+        return self._call(lambda: checksums(self._llm, getattr(torch, self.settings.dtype)))
 
     def sleep(self) -> None:
         """Give the GPU's memory to a colocated trainer; the next weight update takes it back.
@@ -210,6 +202,7 @@ class VllmEngine:
     def _run(self, ready: Future[None]) -> None:
         try:
             self._llm = self._start()
+            self._running = Running(self._llm, self.settings)
         except BaseException as error:
             ready.set_exception(error)
             return
@@ -220,7 +213,7 @@ class VllmEngine:
                 item = self._inbox.get(block=waiting)
             except queue.Empty:
                 try:
-                    self._step()
+                    self._announce(self._running.step())
                 except BaseException as error:
                     self._fail(error)
                 continue
@@ -233,7 +226,7 @@ class VllmEngine:
                     raise EngineError(f"the engine failed: {self._failure!r}")
                 future.set_result(work())
             except BaseException as error:
-                future.set_exception(error)
+                future.set_exception(self._seen(error))
 
     def _start(self) -> Any:
         if self.settings.threads:
@@ -246,105 +239,36 @@ class VllmEngine:
             # The sampler holds one small compiled function: on CPU it gains nothing, and the
             # first token would wait seconds for a C++ compiler.
             torch._dynamo.config.disable = True
+            os.environ["TORCH_COMPILE_DISABLE"] = "1"  # The same for worker processes.
         try:
-            return LLMEngine.from_engine_args(EngineArgs(**engine_arguments(self.settings)))
+            llm = LLMEngine.from_engine_args(EngineArgs(**engine_arguments(self.settings)))
         except (ValueError, NotImplementedError) as error:
             raise UserError(f"vLLM cannot run {self.settings.model}: {error}") from error
+        if self.settings.tensor_parallel > 1:
+            bind_to_engine(llm, lambda: self._fail(EngineError("a worker process died")))
+        return llm
 
-    def _step(self) -> None:
-        outputs = self._llm.step()
-        self._steps += 1
-        if not outputs:
-            return
-        results = []
-        for output in outputs:
-            if self._internal_ids.pop(output.request_id, None) is None:
-                continue
-            completion = output.outputs[0]
-            text = completion.text
-            prefix = self._prefixes.pop(output.request_id, None)
-            if prefix is not None:
-                # Decoded as a whole: a character may lie across the seam.
-                whole = [*prefix, *completion.token_ids]
-                text = self._llm.output_processor.tokenizer.decode(whole, skip_special_tokens=True)
-            results.append(
-                GenerationResult(
-                    request_id=output.request_id,
-                    token_ids=list(completion.token_ids),
-                    logprobs=_sampled_logprobs(completion.logprobs),
-                    finish_reason=str(completion.finish_reason),
-                    text=text,
-                    weight_version=self._weight_version,
-                )
-            )
-        self._announce(results)
+    def _seen(self, error: BaseException) -> BaseException:
+        """What a caller is told. Whatever comes out of worker processes ends the engine."""
+        refusals = (EngineError, EngineBusyError, ValueError)
+        if self.settings.tensor_parallel == 1 or isinstance(error, refusals):
+            return error
+        self._fail(error)
+        failed = EngineError(f"the engine failed: {error!r}")
+        failed.__cause__ = error
+        return failed
 
     def _add_all(self, requests: Sequence[GenerationRequest]) -> None:
         try:
             if self._asleep:
                 raise EngineError("the engine sleeps: update its weights first")
-            for request in requests:
-                self._add(request)
+            refused = [self._running.add(request) for request in requests]
+            self._announce([result for result in refused if result is not None])
         except BaseException as error:
             self._fail(error)
 
-    def _add(self, request: GenerationRequest) -> None:
-        from vllm import SamplingParams
-        from vllm.exceptions import VLLMClientError
-        from vllm.inputs.engine import tokens_input
-        from vllm.sampling_params import RequestOutputKind
-
-        try:
-            length = len(request.prompt_token_ids) + request.max_tokens
-            if length > self.settings.max_model_len:
-                raise ValueError(
-                    f"prompt of {len(request.prompt_token_ids)} tokens and response of "
-                    f"{request.max_tokens} exceed the engine's {self.settings.max_model_len}"
-                )
-            done = len(request.prefix)
-            parameters = SamplingParams(
-                seed=continuation_seed(request.seed, done) if done else request.seed,
-                temperature=request.temperature,
-                top_p=request.top_p,
-                max_tokens=request.max_tokens - done,
-                logprobs=0,
-                flat_logprobs=True,
-                output_kind=RequestOutputKind.FINAL_ONLY,
-            )
-            prompt = tokens_input([*request.prompt_token_ids, *request.prefix])
-            internal = self._llm.add_request(request.request_id, prompt, parameters)
-        except (ValueError, VLLMClientError) as error:
-            self._announce(
-                [GenerationResult(request.request_id, [], [], "rejected", str(error), 0)]
-            )
-            return
-        self._internal_ids[request.request_id] = internal
-        if done:
-            self._prefixes[request.request_id] = list(request.prefix)
-
     def _interrupt(self, request_ids: Sequence[str]) -> list[GenerationResult]:
-        found = []
-        running = []
-        for request_id in request_ids:
-            internal = self._internal_ids.pop(request_id, None)
-            if internal is None:
-                continue
-            running.append(request_id)
-            self._prefixes.pop(request_id, None)
-            state = self._llm.output_processor.request_states.get(internal)
-            if state is None:
-                continue
-            found.append(
-                GenerationResult(
-                    request_id=request_id,
-                    token_ids=list(state.detokenizer.output_token_ids),
-                    logprobs=_sampled_logprobs(state.logprobs_processor.logprobs),
-                    finish_reason="interrupted",
-                    text="",
-                    weight_version=self._weight_version,
-                )
-            )
-        self._llm.abort_request(running)
+        found = self._running.interrupt(request_ids)
         dropped = set(request_ids)
         with self._news:
             found += [r for r in self._finished if r.request_id in dropped]
@@ -352,34 +276,15 @@ class VllmEngine:
         return found
 
     def _score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        from vllm import SamplingParams
-        from vllm.inputs.engine import tokens_input
-        from vllm.sampling_params import RequestOutputKind
-
         self._require_idle("score")
-        parameters = SamplingParams(
-            temperature=0.0,
-            max_tokens=1,
-            prompt_logprobs=0,
-            flat_logprobs=True,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        for index, sequence in enumerate(sequences):
-            self._llm.add_request(str(index), tokens_input(list(sequence)), parameters)
-        scores: list[list[float]] = [[] for _ in sequences]
-        while self._llm.has_unfinished_requests():
-            for output in self._llm.step():
-                # The first token has no prediction: its position holds no entry.
-                scores[int(output.request_id)] = _sampled_logprobs(output.prompt_logprobs)
-        return scores
+        return self._running.score(sequences)
 
-    def _reload(self, version: int, named_tensors: Iterable[tuple[str, Any]]) -> None:
+    def _reload(self, version: int, buckets: Iterable[tuple[Bucket, ...]]) -> None:
         self._require_idle("update weights")
         try:
             if self._asleep:
                 self._llm.wake_up(["weights"])
-            checked = complete_weights(named_tensors, self._shapes)
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": checked})
+            load_weights(self._llm, buckets, self._shapes)
             if self._asleep:
                 self._llm.wake_up(["kv_cache"])
                 self._asleep = False
@@ -388,7 +293,7 @@ class VllmEngine:
         except BaseException as error:
             self._fail(error)
             raise EngineError(f"weight update {version} failed half-way: {error}") from error
-        self._weight_version = version
+        self._running.weight_version = version
 
     def _sleep(self) -> None:
         self._require_idle("sleep")
@@ -400,31 +305,9 @@ class VllmEngine:
         if not self._llm.reset_prefix_cache():
             raise EngineError("the prefix cache holds blocks of finished requests")
 
-    def _checksums(self) -> dict[str, str]:
-        from prorl_nemo.rollout.readback import named_weights
-
-        dtype = getattr(torch, self.settings.dtype)
-
-        def compute(model: torch.nn.Module) -> dict[str, str]:
-            return weight_checksums(named_weights(model), dtype)
-
-        with torch.inference_mode():
-            checksums: dict[str, str] = self._llm.apply_model(compute)[0]
-            return checksums
-
-    def _arriving(self, buckets: _Buckets) -> Iterator[tuple[str, torch.Tensor]]:
-        while True:
-            try:
-                parts = buckets.get(timeout=BUCKET_TIMEOUT_SECONDS)
-            except queue.Empty:
-                raise EngineError(f"no weights for {BUCKET_TIMEOUT_SECONDS:.0f} seconds") from None
-            if parts is None:
-                return
-            yield from parts[0].tensors(*parts[1:])
-
     def _require_idle(self, what: str) -> None:
         if self._llm.has_unfinished_requests():
-            raise EngineBusyError(f"cannot {what}: {len(self._internal_ids)} requests are running")
+            raise EngineBusyError(f"cannot {what}: {len(self._running)} requests are running")
 
     # Between the threads
 
@@ -438,34 +321,17 @@ class VllmEngine:
         return self._post(work).result()
 
     def _offer(self, parts: tuple[Bucket, ...] | None) -> None:
-        if self._update is None or self._buckets is None:
+        if self._update is None or self._stream is None:
             raise EngineError("no weight update is open: call begin_update first")
-        deadline = time.monotonic() + BUCKET_TIMEOUT_SECONDS
-        while not self._update.done():
-            try:
-                self._buckets.put(parts, timeout=0.2)
-                return
-            except queue.Full:
-                if time.monotonic() > deadline:
-                    raise EngineError("the engine takes no more weights") from None
-        # Done before its last bucket: it failed, and this raises why.
-        self._update.result()
+        self._stream.put(parts, self._update)
 
     def _announce(self, results: list[GenerationResult]) -> None:
-        with self._news:
-            self._finished.extend(results)
-            self._news.notify_all()
+        if results:
+            with self._news:
+                self._finished.extend(results)
+                self._news.notify_all()
 
     def _fail(self, error: BaseException) -> None:
         with self._news:
-            self._failure = error
+            self._failure = self._failure or error
             self._news.notify_all()
-
-
-def _sampled_logprobs(logprobs: Any) -> list[float]:
-    """The log-probability of the chosen token at every position that has one."""
-    return [
-        logprobs.logprobs[start]
-        for start, end in zip(logprobs.start_indices, logprobs.end_indices, strict=True)
-        if end > start
-    ]

@@ -21,10 +21,12 @@ class EngineSettings:
         dtype: `bfloat16` or `float32`.
         max_model_len: prompt and response together, tokens.
         max_sequences: requests computed at once; more wait their turn.
-        kv_cache_bytes: size of the KV cache; None on a GPU: what `gpu_memory_share` leaves.
+        kv_cache_bytes: size of the KV cache, of all workers together; None on a GPU: what
+            `gpu_memory_share` leaves.
         gpu_memory_share: share of the GPU's memory for weights and cache.
         fp32_head: multiply by the output head in fp32, as the trainer does.
-        threads: CPU threads; None: all cores.
+        threads: CPU threads, of all workers together; None: all cores.
+        tensor_parallel: workers that share each matrix, one per GPU; above 1 they are processes.
         sleep: allow `VllmEngine.sleep` (GPU).
         batch_invariant: a response does not depend on what is computed beside it (GPU, vLLM's
             own kernels for it; slower).
@@ -38,6 +40,7 @@ class EngineSettings:
     gpu_memory_share: float = 0.5
     fp32_head: bool = True
     threads: int | None = None
+    tensor_parallel: int = 1
     sleep: bool = False
     batch_invariant: bool = False
 
@@ -64,13 +67,14 @@ class EngineSettings:
             gpu_memory_share=rollout.gpu_memory_share,
             fp32_head=rollout.fp32_head,
             threads=rollout.engine_threads or max(1, cores // (neighbours or rollout.engines)),
+            tensor_parallel=rollout.tensor_parallel,
             sleep=rollout.sleep_in_updates and torch.cuda.is_available(),
         )
 
     def environment(self) -> dict[str, str]:
         """Environment variables that must be set before torch and vLLM are imported."""
         variables = {
-            # The engine in this process: weights are handed over as tensors, not files.
+            # The engine in this process, which hands its workers what it gets itself.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             # Each weight update warns of layers without weights (rotary tables); errors remain.
             "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
@@ -83,18 +87,24 @@ class EngineSettings:
         if self.batch_invariant:
             variables["VLLM_BATCH_INVARIANT"] = "1"
         if self.threads:
-            variables["OMP_NUM_THREADS"] = str(self.threads)
+            variables["OMP_NUM_THREADS"] = str(max(1, self.threads // self.tensor_parallel))
+        if self.tensor_parallel > 1:
+            # On CPU vLLM would bind each worker to a memory node of its own, or refuse.
+            variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+            # How long a step may take is the fleet's to say (`hang_seconds`).
+            variables["VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"] = str(24 * 3600)
         return variables
 
 
 def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
     """Arguments of vLLM's `EngineArgs` or `LLM`. Imports vLLM."""
+    workers, cache = settings.tensor_parallel, settings.kv_cache_bytes
     arguments: dict[str, Any] = {
         "model": settings.model,
         "dtype": settings.dtype,
         "max_model_len": settings.max_model_len,
         "max_num_seqs": settings.max_sequences,
-        "kv_cache_memory_bytes": settings.kv_cache_bytes,
+        "kv_cache_memory_bytes": cache and cache // workers,
         # Log-probabilities of the sampling distribution, not those at temperature 1: the
         # importance weight of the policy loss is wrong with any other.
         "logprobs_mode": "processed_logprobs",
@@ -104,6 +114,8 @@ def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
         "hf_overrides": {"head_dtype": "float32"} if settings.fp32_head else {},
         "seed": 0,
     }
+    if workers > 1:
+        arguments |= {"tensor_parallel_size": workers, "distributed_executor_backend": "mp"}
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():

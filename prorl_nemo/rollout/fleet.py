@@ -9,112 +9,28 @@ comes twice, and each is the one the dead engine would have made.
 from __future__ import annotations
 
 import itertools
-import socket
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
-from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
 
-import psutil
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from prorl_nemo.errors import FaultError
 from prorl_nemo.rollout.complete_weights import EngineError
-from prorl_nemo.rollout.engine import (
-    EngineBusyError,
-    EngineState,
-    VllmEngine,
-)
+from prorl_nemo.rollout.engine import EngineBusyError, EngineState
 from prorl_nemo.rollout.engine_settings import EngineSettings
+from prorl_nemo.rollout.fleet_member import ENGINE, Member
+from prorl_nemo.rollout.fleet_memory import KeptWeights, Restarts, references
 from prorl_nemo.rollout.protocol import GenerationRequest, GenerationResult
 
 POLL_SECONDS = 0.5
 """How long an engine holds a poll open: the pace of its heartbeat."""
-LEAVE_SECONDS = 5.0
-"""How long an actor's process has to leave before it is killed."""
 
 
 class FleetError(FaultError):
     """Engines die faster than `max_restarts` allows, or compute with wrong weights: save the run
     and stop."""
-
-
-class _EngineActor:
-    """A `VllmEngine` in a process of its own.
-
-    All calls but `poll` share one thread, so they are carried out in the order they were made:
-    start, weights, requests.
-    """
-
-    def __init__(self, settings: EngineSettings) -> None:
-        self._settings = settings
-        self._engine: Future[VllmEngine] = Future()
-
-    def start(self) -> EngineState:
-        try:
-            self._engine.set_result(VllmEngine(self._settings))
-        except BaseException as error:
-            self._engine.set_exception(error)
-        return self.state()
-
-    def state(self) -> EngineState:
-        return self._engine.result().state
-
-    def call(self, method: str, *arguments: Any) -> Any:
-        return getattr(self._engine.result(), method)(*arguments)
-
-    @ray.method(concurrency_group="poll")
-    def poll(self, max_wait: float) -> tuple[list[GenerationResult], EngineState | None]:
-        try:
-            engine = self._engine.result(timeout=max_wait)
-        except TimeoutError:
-            return [], None
-        return engine.poll(max_wait), engine.state
-
-
-# Ray's type stubs know no concurrency groups.
-_ENGINE: Any = ray.remote(concurrency_groups={"poll": 1})(_EngineActor)  # type: ignore[call-overload]
-
-
-@dataclass
-class _Member:
-    """One place in the fleet, whichever actor fills it."""
-
-    index: int
-    actor: Any
-    requests: dict[str, GenerationRequest] = field(default_factory=dict)
-    poll: Any = None
-    state: EngineState | None = None
-    process: psutil.Process | None = None
-    asked: float = 0.0
-    silent: float = 0.0
-
-    def note(self, state: EngineState | None) -> None:
-        """Take a report of the engine; keep its process, if it is one of this machine."""
-        self.state = state
-        local = state is not None and state.host == socket.gethostname()
-        if state is not None and local and self.process is None:
-            with suppress(psutil.NoSuchProcess):
-                self.process = psutil.Process(state.pid)
-
-    def end(self) -> None:
-        """Kill the actor."""
-        ray.kill(self.actor)
-        if self.process is not None:
-            # Ray asks the process to leave, which a stopped one does not hear. Killed before it
-            # could, Ray would report a crash. psutil kills no other process of the same id.
-            _, stopped = psutil.wait_procs([self.process], timeout=LEAVE_SECONDS)
-            for process in stopped:
-                process.kill()
-
-    @property
-    def load(self) -> int:
-        """Tokens this engine may still have to produce or read."""
-        return sum(len(r.prompt_token_ids) + r.max_tokens for r in self.requests.values())
 
 
 class Fleet:
@@ -123,8 +39,9 @@ class Fleet:
     Args:
         settings: of every engine.
         count: engines.
-        actor_options: Ray options per engine (`num_cpus`, `num_gpus`, placement); default: none
-            reserved, since on one machine trainer and engines take turns.
+        actor_options: Ray options per engine (`num_cpus`, `num_gpus`, placement), and under
+            `environment` variables of its process; default: none reserved, since on one machine
+            trainer and engines take turns.
         on_event: called with an event's name and details (`engine_restarted`).
         hang_seconds: an engine with work that makes no step for so long is replaced.
         start_seconds: an engine that has not started after so long is replaced.
@@ -152,15 +69,11 @@ class Fleet:
         self._on_event = on_event
         self._hang_seconds = hang_seconds
         self._start_seconds = start_seconds
-        self._max_restarts = max_restarts
-        self._restart_window = restart_window
-        self._restarts: deque[float] = deque()
-        # Version and buckets, None where they must be asked for.
-        self._weights: tuple[int, list[tuple[Any, ...]] | None] | None = None
-        self._again: Callable[[], Iterable[Any]] | None = None
+        self._restarts = Restarts(max_restarts, restart_window)
+        self._weights: KeptWeights | None = None
         self._current = True
         self._early: list[GenerationResult] = []
-        self._members = [_Member(index, self._spawn(index)) for index in range(count)]
+        self._members = [Member(index, self._spawn(index)) for index in range(count)]
         self.states()
 
     # Generation
@@ -219,7 +132,7 @@ class Fleet:
         """Drop requests; returns what was generated for them, but for those of a dead engine."""
         wanted = set(request_ids)
 
-        def interrupted(member: _Member) -> Any:
+        def interrupted(member: Member) -> Any:
             return member.actor.call.remote("interrupt", sorted(wanted & member.requests.keys()))
 
         concerned = [member for member in self._members if wanted & member.requests.keys()]
@@ -266,7 +179,7 @@ class Fleet:
 
     @property
     def weight_version(self) -> int:
-        return self._weights[0] if self._weights else 0
+        return self._weights.version if self._weights else 0
 
     def update_weights(
         self,
@@ -295,14 +208,14 @@ class Fleet:
             self.states()  # One that is missing would let the others wait.
         for member in self._members:
             member.actor.call.remote("begin_update", version)
-        references: list[tuple[Any, ...]] = []
+        kept: list[tuple[Any, ...]] = []
         for bucket in buckets:
-            parts = _references(bucket)
-            references.append(parts)
+            parts = references(bucket)
+            kept.append(parts)
             for member in self._members:
                 member.actor.call.remote("load_bucket", *parts)
-        self._weights, self._current = (version, None if again else references), True
-        self._again = again
+        self._weights = KeptWeights(version, None if again else kept, again)
+        self._current = True
         self._ask(self._members, lambda m: m.actor.call.remote("finish_update"))
 
     def weights_checksum(self) -> list[dict[str, str]]:
@@ -336,12 +249,14 @@ class Fleet:
     # Faults
 
     def _spawn(self, index: int) -> Any:
-        options = {"runtime_env": {"env_vars": self.settings.environment()}, "max_restarts": 0}
-        actor = _ENGINE.options(**(options | self._options[index])).remote(self.settings)
+        options = dict(self._options[index])
+        variables = self.settings.environment() | options.pop("environment", {})
+        options |= {"runtime_env": {"env_vars": variables}, "max_restarts": 0}
+        actor = ENGINE.options(**options).remote(self.settings)
         actor.start.remote()
         return actor
 
-    def _ask_all(self, call: Callable[[_Member], Any]) -> list[Any]:
+    def _ask_all(self, call: Callable[[Member], Any]) -> list[Any]:
         """One answer per engine; an engine that dies over it is asked again once replaced."""
         answers = self._ask(self._members, call)
         for member in self._members:
@@ -349,11 +264,11 @@ class Fleet:
                 (answers[member.index],) = self._ask([member], call)
         return answers
 
-    def _ask(self, members: Sequence[_Member], call: Callable[[_Member], Any]) -> list[Any]:
+    def _ask(self, members: Sequence[Member], call: Callable[[Member], Any]) -> list[Any]:
         """One answer per member; None from an engine that died or failed, and was replaced."""
-        references = [call(member) for member in members]
+        asked = [call(member) for member in members]
         answers = []
-        for member, reference in zip(members, references, strict=True):
+        for member, reference in zip(members, asked, strict=True):
             limit = self._patience(member)
             try:
                 answers.append(ray.get(reference, timeout=limit))
@@ -370,7 +285,7 @@ class Fleet:
                 answers.append(None)
         return answers
 
-    def _receive(self, member: _Member) -> list[GenerationResult]:
+    def _receive(self, member: Member) -> list[GenerationResult]:
         reference, member.poll = member.poll, None
         try:
             results, state = ray.get(reference)
@@ -387,42 +302,30 @@ class Fleet:
         # A response is passed on once, and only while somebody wants it.
         return [r for r in results if member.requests.pop(r.request_id, None) is not None]
 
-    def _patience(self, member: _Member) -> float:
+    def _patience(self, member: Member) -> float:
         """Seconds of silence after which an engine counts as hung; starting takes longer."""
         return self._hang_seconds if member.state is not None else self._start_seconds
 
-    def _check_progress(self, member: _Member) -> None:
+    def _check_progress(self, member: Member) -> None:
         silent = member.silent
         if member.poll is not None:
             silent += time.monotonic() - member.asked
         if member.requests and silent > self._patience(member):
             self._replace(member, f"made no step for {silent:.0f} seconds")
 
-    def _replace(self, member: _Member, reason: str) -> None:
-        now = time.monotonic()
-        self._restarts.append(now)
-        while self._restarts[0] < now - self._restart_window:
-            self._restarts.popleft()
-        if len(self._restarts) > self._max_restarts:
+    def _replace(self, member: Member, reason: str) -> None:
+        failures, allowed = self._restarts.one_more(), self._restarts.most
+        if failures > allowed:
             raise FleetError(
-                f"rollout.max_engine_restarts: engine {member.index} {reason}; "
-                f"{len(self._restarts)} engine failures within {self._restart_window:.0f} seconds, "
-                f"{self._max_restarts} are allowed; look for memory (rollout.kv_cache_mib) and for "
-                "faults of the machine, and start again"
+                f"rollout.max_engine_restarts: engine {member.index} {reason}; {failures} engine "
+                f"failures within {self._restarts.window:.0f} seconds, {allowed} are allowed; look "
+                "for memory (rollout.kv_cache_mib) and for faults of the machine, and start again"
             )
         member.end()
         member.actor = self._spawn(member.index)
         member.poll, member.state, member.process, member.silent = None, None, None, 0.0
         if self._weights is not None:
-            version, references = self._weights
-            if references is None:
-                assert self._again is not None
-                references = [_references(bucket) for bucket in self._again()]
-                self._weights = version, references
-            member.actor.call.remote("begin_update", version)
-            for reference in references:
-                member.actor.call.remote("load_bucket", *reference)
-            member.actor.call.remote("finish_update")
+            self._weights.send(member.actor)
         if member.requests:
             member.actor.call.remote("submit", list(member.requests.values()))
         self._on_event(
@@ -434,8 +337,3 @@ class Fleet:
         waiting = sum(len(member.requests) for member in self._members)
         if waiting:
             raise EngineBusyError(f"cannot {what}: {waiting} requests are unanswered")
-
-
-def _references(bucket: Any) -> tuple[Any, ...]:
-    """The parts of a bucket in the object store."""
-    return bucket if isinstance(bucket, tuple) else (ray.put(bucket),)

@@ -15,13 +15,13 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from prorl_nemo.rollout.flat_buffers import ALIGNMENT
-from prorl_nemo.rollout.weights import BUCKET_BYTES, Entry, Piece, WeightBucket, grouped
+from prorl_nemo.rollout.weights import BUCKET_BYTES, Entry, Piece, grouped
 
 _ROOM = 64 << 20
 """The file grows by as much: mapping it again costs its pages once more."""
@@ -68,7 +68,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class SharedBucket:
-    """Some of a model's tensors in a memory file. Unpickled it is a `WeightBucket` of views.
+    """Some of a model's tensors in a memory file. Travels as the description of where they are.
 
     What it shows changes with the next update of the ranks that made it. All but the first of
     them name no tensors: their bucket says that their pieces are written.
@@ -78,8 +78,22 @@ class SharedBucket:
     bytes: int
     places: tuple[Place, ...]
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return attach, (self.file, self.bytes, self.places)
+    def tensors(self, *others: SharedBucket) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors, whole, as read-only views of the senders' memory.
+
+        Raises:
+            ValueError: the file is gone: its process has ended.
+        """
+        memory = _mapped(self.file, self.bytes) if self.places else np.empty(0, dtype=np.uint8)
+        for place in self.places:
+            dtype = getattr(torch, place.dtype)
+            # NumPy has no bfloat16; see weights.py.
+            stored = np.int16 if dtype == torch.bfloat16 else np.dtype(place.dtype)
+            end = place.start + math.prod(place.shape) * dtype.itemsize
+            array = memory[place.start : end].view(stored).reshape(place.shape)
+            if place.dim is not None:
+                array = array[(slice(None),) * place.dim + (slice(place.size),)]
+            yield place.name, Entry(place.name, place.dtype, array, None, None).tensor()
 
 
 def make_memory_file() -> MemoryFile:
@@ -139,26 +153,6 @@ class SharedWeights:
         # Never makes it smaller, whichever rank is ahead.
         os.posix_fallocate(self._descriptor, 0, size)
         self._memory = torch.frombuffer(mmap.mmap(self._descriptor, size), dtype=torch.uint8)
-
-
-def attach(file: MemoryFile, size: int, places: tuple[Place, ...]) -> WeightBucket:
-    """The tensors as read-only views of the senders' memory.
-
-    Raises:
-        ValueError: the file is gone: its process has ended.
-    """
-    memory = _mapped(file, size) if places else np.empty(0, dtype=np.uint8)
-    entries = []
-    for place in places:
-        dtype = getattr(torch, place.dtype)
-        # NumPy has no bfloat16; see weights.py.
-        stored = np.int16 if dtype == torch.bfloat16 else np.dtype(place.dtype)
-        end = place.start + math.prod(place.shape) * dtype.itemsize
-        array = memory[place.start : end].view(stored).reshape(place.shape)
-        if place.dim is not None:
-            array = array[(slice(None),) * place.dim + (slice(place.size),)]
-        entries.append(Entry(place.name, place.dtype, array, None, None))
-    return WeightBucket(tuple(entries))
 
 
 @lru_cache(maxsize=64)

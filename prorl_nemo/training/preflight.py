@@ -19,6 +19,7 @@ from prorl_nemo.megatron.precision import (
     transformer_engine_installed,
 )
 from prorl_nemo.recipe import Recipe
+from prorl_nemo.rollout.engine_split import split_problem
 from prorl_nemo.training.host_memory import available_bytes
 
 # Beyond the model: Python, torch, Ray and vLLM of each process (measured: 0.7 to 1.1 GiB).
@@ -38,11 +39,24 @@ def check_resources(recipe: Recipe, folder: Path) -> ModelSpec:
         capability = gpu_capability()
         check_attention(recipe.policy, capability)
         check_fp8(recipe.policy, spec, transformer_engine_installed(), capability)
+    _check_engine_split(recipe, spec)
     _check_transfer(recipe)
     _check_context(recipe, spec)
     _check_memory(recipe, spec)
     _check_disk(recipe, spec)
     return spec
+
+
+def _check_engine_split(recipe: Recipe, spec: ModelSpec) -> None:
+    problem = split_problem(
+        recipe.rollout.tensor_parallel,
+        heads=spec.heads,
+        kv_heads=spec.groups,
+        ffn=spec.ffn,
+        vocab=spec.vocab,
+    )
+    if problem:
+        raise RecipeError(f"rollout.tensor_parallel: {problem}")
 
 
 def _check_transfer(recipe: Recipe) -> None:
@@ -74,7 +88,9 @@ def required_bytes(recipe: Recipe, spec: ModelSpec) -> int:
     # An engine holds its weights twice while it loads them, and the last buckets are kept.
     engines = (2 * recipe.rollout.engines + 1) * engine_weight
     cache = (recipe.rollout.kv_cache_mib or _KV_CACHE_MIB) * recipe.rollout.engines << 20
-    processes = (recipe.policy.ranks + recipe.rollout.engines + 1) * _PROCESS_BYTES
+    workers = recipe.rollout.tensor_parallel
+    each = workers + 1 if workers > 1 else 1  # An engine's own process, and its workers'.
+    processes = (recipe.policy.ranks + recipe.rollout.engines * each + 1) * _PROCESS_BYTES
     # A checkpoint that is written while training goes on: weights, reference, optimizer.
     copies = (2 * weight + 12) * recipe.policy.data_parallel if recipe.checkpoint.background else 0
     return spec.parameters * (replicated + sharded + engines + copies) + cache + processes

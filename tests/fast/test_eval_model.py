@@ -150,6 +150,22 @@ def test_the_precision_is_one_in_which_the_number_of_engines_changes_nothing(
     }  # fmt: skip
 
 
+def test_engines_of_several_gpus_are_counted_recorded_or_refused(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FleetGenerator, "_gpus", lambda self: 5)
+    sampling = Sampling(temperature=1.0, top_p=1.0, max_tokens=8)
+
+    def generator(**options: int) -> FleetGenerator:
+        return FleetGenerator(model, sampling, EngineOptions(**options), lambda name, details: None)
+
+    assert generator(tensor_parallel=2).settings()["tensor_parallel"] == 2
+    with pytest.raises(UserError, match="3 engines need 2 GPUs each; there are 5"):
+        generator(tensor_parallel=2, engines=3).start(8)
+    with pytest.raises(UserError, match=r"--tensor-parallel: vLLM cannot split 4 heads.*over 3"):
+        generator(tensor_parallel=3).start(8)
+
+
 def test_bf16_on_cpu_is_refused_unless_its_dependence_is_accepted(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,6 +182,14 @@ def test_batch_invariant_kernels_are_asked_for_where_they_are_wanted() -> None:
     plain = EngineSettings("model", "bfloat16", 64)
     assert "VLLM_BATCH_INVARIANT" not in plain.environment()
     assert replace(plain, batch_invariant=True).environment()["VLLM_BATCH_INVARIANT"] == "1"
+
+
+def test_the_workers_of_an_engine_share_its_threads() -> None:
+    four = EngineSettings("model", "bfloat16", 64, threads=4)
+    assert four.environment()["OMP_NUM_THREADS"] == "4"
+    split = {n: replace(four, tensor_parallel=n).environment() for n in (2, 8)}
+    assert {n: found["OMP_NUM_THREADS"] for n, found in split.items()} == {2: "2", 8: "1"}
+    assert split[2]["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
 
 
 def test_what_a_command_changes_is_in_the_label() -> None:

@@ -68,7 +68,8 @@ ROOMS: dict[str, set[str]] = {
     # A recipe made small: needs the shape of its model and data like that of a build.
     "shrink": VOCABULARY | {"data", "planning", "rewards", "tiny_model"},
     # Counts what the others allocate; imports what of them needs neither torch nor Megatron.
-    "planning": VOCABULARY | {"recipe_training", "megatron.layout", "megatron.precision"},
+    "planning": VOCABULARY
+    | {"recipe_training", "megatron.layout", "megatron.precision", "rollout.engine_split"},
     "evaluation": {"errors", "settings_file", "strict_yaml", "data", "rewards"},
     # A model answers benchmarks: engines without a trainer.
     "harness": VOCABULARY

@@ -31,21 +31,21 @@ def test_by_hand_on_gpus() -> None:
     assert found.bundles == ("id0", "id0", "id1", "id1", "id2", "id2")
     assert found.ranks == (0, 1, 2, 3, 4, 5)
     # An engine on every node, each beside the first rank of a group.
-    assert found.engines == (0, 2, 4)
+    assert found.engines == ((0,), (2,), (4,))
     assert [found.gpu_share(b) for b in range(6)] == [0.5, 1.0, 0.5, 1.0, 0.5, 1.0]
 
 
 def test_more_engines_than_ranks_take_idle_gpus() -> None:
     found = assign(nodes(2, 2), policy(data=2), engines=4)
     assert found.bundles == ("id0", "id0", "id1", "id1")
-    assert found.engines == (0, 1, 2, 3) and found.ranks == (0, 1)
+    assert found.engines == ((0,), (1,), (2,), (3,)) and found.ranks == (0, 1)
 
 
 def test_by_hand_on_cpus() -> None:
     found = assign(nodes(0, 0), policy(tensor=2, data=2), engines=3)
     assert not found.gpu and found.bundles == ("id0", "id1")
-    assert found.ranks == (0, 0, 1, 1) and found.engines == (0, 0, 1)
-    assert found.neighbours(found.engines, 0) == 2 and found.gpu_share(0) == 0.0
+    assert found.ranks == (0, 0, 1, 1) and found.engines == ((0,), (0,), (1,))
+    assert found.neighbours(found.ranks, 0) == 2 and found.gpu_share(0) == 0.0
     assert assign(nodes(0, 0), policy(), 1).ranks == (0,)
 
 
@@ -61,14 +61,17 @@ def test_login_node_without_gpus_gets_nothing() -> None:
 
 
 LAYOUTS = [
-    (policy(tensor=t, context=c, pipeline=p, data=d), gpus, engines)
+    (policy(tensor=t, context=c, pipeline=p, data=d), gpus, engines, split)
     for t, c, p, d in itertools.product((1, 2, 4), (1, 2), (1, 2), (1, 3))
     for gpus in ((8, 8, 8, 8), (4, 6, 3, 8, 5, 8), (2, 2, 16, 32), (48,))
     for engines in (1, 3, t * c * p * d, t * c * p * d + 2)
+    for split in (1, 2, 3)
 ]
 
 
-def _obeys(found: Assignment, layout: Policy, gpus: tuple[int, ...], engines: int) -> None:
+def _obeys(
+    found: Assignment, layout: Policy, gpus: tuple[int, ...], engines: int, split: int
+) -> None:
     assert len(found.ranks) == layout.ranks and len(found.engines) == engines
     used = [found.bundles.count(f"id{i}") for i in range(len(gpus))]
     assert all(n <= most for n, most in zip(used, gpus, strict=True))
@@ -76,29 +79,50 @@ def _obeys(found: Assignment, layout: Policy, gpus: tuple[int, ...], engines: in
     for first in range(0, layout.ranks, inner):
         group = {found.node(found.ranks[r]) for r in range(first, first + inner)}
         assert len(group) == 1
-    # No GPU is asked for more than the whole of itself, and none has two engines.
+    for engine in found.engines:
+        assert len(engine) == len(set(engine)) == split
+        assert len({found.node(bundle) for bundle in engine}) == 1
+    # No GPU is asked for more than the whole of itself, none has two engines, none is idle.
+    taken = [bundle for engine in found.engines for bundle in engine]
     for bundle in range(len(found.bundles)):
-        users = found.ranks.count(bundle) + found.engines.count(bundle)
+        users = found.ranks.count(bundle) + taken.count(bundle)
         assert users * found.gpu_share(bundle) == pytest.approx(1.0)
-        assert found.ranks.count(bundle) <= 1 and found.engines.count(bundle) <= 1
+        assert found.ranks.count(bundle) <= 1 and taken.count(bundle) <= 1
+    # An engine without any rank beside it only where all the others have one.
+    beside = [any(bundle in found.ranks for bundle in engine) for engine in found.engines]
+    assert beside == sorted(beside, reverse=True)
 
 
 def test_every_layout_obeys() -> None:
     """Assigned, or refused because greedy counting by hand finds too few GPUs."""
     refused = 0
-    for layout, gpus, engines in LAYOUTS:
+    for layout, gpus, engines, split in LAYOUTS:
         inner = layout.tensor_parallel * layout.context_parallel
         room = sum(n // inner * inner for n in gpus)
-        enough = room >= layout.ranks and sum(gpus) >= max(layout.ranks, engines)
+        enough = room >= layout.ranks and sum(n // split for n in gpus) >= engines
         try:
-            found = assign(nodes(*gpus), layout, engines)
+            found = assign(nodes(*gpus), layout, engines, split)
         except ClusterError as error:
             assert not enough and "10.0.0.0" in str(error)
             refused += 1
         else:
             assert enough
-            _obeys(found, layout, gpus, engines)
+            _obeys(found, layout, gpus, engines, split)
     assert 0 < refused < len(LAYOUTS) // 2
+
+
+def test_engines_of_several_gpus_by_hand() -> None:
+    """Ranks on the first three of four GPUs: one engine beside two of them, one beside the third
+    and a GPU of its own; the third engine has the second node for itself."""
+    found = assign(nodes(4, 2), policy(data=3), 3, tensor_parallel=2)
+    assert found.bundles == ("id0", "id0", "id0", "id0", "id1", "id1")
+    assert found.ranks == (0, 1, 2) and found.engines == ((0, 1), (2, 3), (4, 5))
+    assert [found.gpu_share(b) for b in range(6)] == [0.5, 0.5, 0.5, 1.0, 1.0, 1.0]
+    assert assign(nodes(0, 0), policy(), 2, tensor_parallel=2).engines == ((0,), (1,))
+    with pytest.raises(ClusterError, match=r"rollout.tensor_parallel: the 4 .* largest has 2"):
+        assign(nodes(2, 2), policy(), 1, tensor_parallel=4)
+    with pytest.raises(ClusterError, match="2 engines of 2 on a node need 4 GPUs"):
+        assign(nodes(3, 1), policy(), 2, tensor_parallel=2)
 
 
 def test_a_group_larger_than_a_node_is_refused() -> None:

@@ -184,6 +184,20 @@ def test_recipes_fit_on_their_gpus_as_they_are(recipe: str, gpus: int, gpu: str)
     assert plan.own.time.total < 1.1 * plan.best.time.total
 
 
+def test_engines_over_several_gpus_are_fewer_and_hold_less() -> None:
+    whole, split = (
+        make_plan(small(rollout={"tensor_parallel": ways}), 8, "h100") for ways in (1, 4)
+    )
+    assert split.engine.weights == whole.engine.weights // 4
+    assert split.chosen and "rollout.engines=2" in split.chosen.overrides(split.recipe)
+    for ways, message in (
+        (5, "cannot split 12 heads, 2 key/value heads .* over 5; possible: 1, 2, 4"),
+        (4, "engines of 4 GPUs do not fill nodes of 6"),
+    ):
+        with pytest.raises(UserError, match=f"rollout.tensor_parallel: .*{message}"):
+            make_plan(small(rollout={"tensor_parallel": ways}), 6, "h100")
+
+
 def test_a_sleeping_engine_leaves_its_memory() -> None:
     """By hand: 79 GiB less 5 % and 2 GiB of runtime, less 1.5 GiB that a sleeping engine keeps."""
     recipe = small(rollout={"sleep_in_updates": True, "gpu_memory_share": 0.6})

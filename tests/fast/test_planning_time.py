@@ -60,6 +60,31 @@ def test_the_engine_by_hand() -> None:
     assert engine_memory(given, SPEC, H100).kv_cache == 100 << 20
 
 
+@pytest.mark.parametrize(("gpus", "kv_heads"), [(2, 1), (4, 1)])
+def test_an_engine_over_several_gpus_by_hand(gpus: int, kv_heads: int) -> None:
+    """Two key/value heads: four GPUs hold each of them twice."""
+    recipe = parse_recipe(
+        {"name": "x", "model": "m", "data": {"sources": [{"task": "coin_flip"}]},
+         "stages": [{"steps": 1}], "rollout": {"tensor_parallel": gpus}}
+    )  # fmt: skip
+    found = engine_memory(recipe, SPEC, H100)
+    assert found.token == 2 * 28 * kv_heads * 128 * 2
+    assert found.weights == (2 * SPEC.parameters + 4 * 151936 * 1536) // gpus
+    assert found.total == H100.memory // 2
+    small = recipe.model_copy(
+        update={"rollout": recipe.rollout.model_copy(update={"kv_cache_mib": 100})}
+    )
+    assert engine_memory(small, SPEC, H100).kv_cache == (100 << 20) // gpus
+    # Bound by what it must compute, or must read: each GPU does its share.
+    fast = replace(H100, bandwidth=1e30)
+    whole = replace(found, gpus=1)
+    seconds = decode_seconds(SPEC, found, fast, ALL, 64, 1000)
+    assert seconds == pytest.approx(decode_seconds(SPEC, whole, fast, ALL, 64, 1000) / gpus)
+    read = found.weights + 64 * 1000 * found.token
+    slow = replace(H100, bf16_flops=1e30)
+    assert decode_seconds(SPEC, found, slow, ALL, 64, 1000) == pytest.approx(read / slow.bandwidth)
+
+
 def simulated_seconds(lengths: list[int], slots: int, token: Any) -> float:
     """Sequences that take free places in order, one token each a tick of `token(running)`."""
     queue, running, clock, tick = list(lengths), [], 0.0, 0

@@ -80,6 +80,11 @@ def test_a_recipe_that_fits(tmp_path: Path, model: Path) -> None:
             "policy.pipeline_parallel: 3 does not divide the model's 2 layers; possible: 1, 2",
         ),
         (
+            {"rollout": {"tensor_parallel": 3}},
+            "rollout.tensor_parallel: vLLM cannot split 4 heads, 2 key/value heads and a "
+            "feed-forward width of 16 over 3; possible: 1, 2, 4",
+        ),
+        (
             {"policy": {"fp8": "blockwise"}},
             "policy.fp8: ",
         ),

@@ -31,6 +31,11 @@ RECIPES = [
 ]
 
 
+def test_an_engine_that_is_split_stays_split(tmp_path: Path) -> None:
+    recipe = load_recipe(RECIPES[0], ["rollout.tensor_parallel=4"])
+    assert shrink(recipe, tmp_path)[0].rollout.tensor_parallel == 2
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_recipes_shrink(path: Path, tmp_path: Path) -> None:
     recipe = load_recipe(path)
@@ -47,6 +52,7 @@ def test_recipes_shrink(path: Path, tmp_path: Path) -> None:
     # An axis that is used is still used.
     for axis in ("tensor_parallel", "pipeline_parallel", "context_parallel"):
         assert (getattr(small.policy, axis) > 1) == (getattr(recipe.policy, axis) > 1)
+    assert small.rollout.tensor_parallel == recipe.rollout.tensor_parallel == 1
     limit = small.rollout.max_response_tokens
     longest = max(stage.max_response_tokens or limit for stage in small.stages)
     assert small.data.max_prompt_tokens + longest <= spec.max_positions

@@ -134,10 +134,19 @@ def test_engine_and_trainer_agree(stopped_and_resumed: tuple[Path, str, str]) ->
     assert all(row["policy/skipped_updates"] == 0 for row in train)
 
 
-# Two families; `python -m tools.check_table` runs all families in all layouts.
+# Some layouts; `python -m tools.check_table` runs all families in all layouts of the policy.
 CHECKED = {
-    "llama": ["tensor_parallel=2", "sequence_parallel=true", "pipeline_parallel=2"],
-    "qwen3": ["context_parallel=2", "data_parallel=2", "shared_prompts=false"],
+    "llama": [
+        "policy.tensor_parallel=2",
+        "policy.sequence_parallel=true",
+        "policy.pipeline_parallel=2",
+    ],
+    "qwen2": ["rollout.tensor_parallel=2"],
+    "qwen3": [
+        "policy.context_parallel=2",
+        "policy.data_parallel=2",
+        "policy.shared_prompts=false",
+    ],
 }
 
 
@@ -154,7 +163,7 @@ def test_check_passes_in_a_parallel_layout(family: str, tmp_path: Path) -> None:
             f"runs_dir={tmp_path}",
             "policy.precision=fp32",
             "policy.threads=1",
-            *(f"policy.{key}" for key in CHECKED[family]),
+            *CHECKED[family],
             "rollout.temperature=1.2",
             "data.max_prompt_tokens=1024",
             "--json",
