@@ -6,7 +6,6 @@ two jobs on one node usually fail.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import signal
@@ -21,11 +20,12 @@ from pathlib import Path
 
 import psutil
 
+from prorl_nemo.cluster.node_guard import end_below
+
 READY = "Ray runtime started"
 START_SECONDS = 120.0
 _STOP_SECONDS = 10.0
 _TRIES = 3
-_SET_CHILD_SUBREAPER = 36  # prctl(2)
 # 107 bytes less those of
 # /prorl12345678/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1
 _LONGEST_FOLDER = 23
@@ -85,13 +85,9 @@ class RayNode:
         """End every process below this one, and remove their folder."""
         if self._process is None:
             return
-        below = psutil.Process().children(recursive=True)
         with suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGTERM)
-        _, left = psutil.wait_procs(below, timeout=_STOP_SECONDS)
-        for process in [*left, *psutil.Process().children(recursive=True)]:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        end_below(_STOP_SECONDS)
         self._process.wait()
         self._process = None
         shutil.rmtree(self._temporary, ignore_errors=True)
@@ -127,11 +123,6 @@ def ray_environment(token: str) -> dict[str, str]:
 def ray_part(environment: dict[str, str]) -> dict[str, str]:
     """What of it the other nodes need."""
     return {name: value for name, value in environment.items() if name.startswith("RAY_")}
-
-
-def adopt_orphans() -> None:
-    """Descendants whose parent ends become this process's children, so none can be left behind."""
-    ctypes.CDLL(None, use_errno=True).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def free_port() -> int:
