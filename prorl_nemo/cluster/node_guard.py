@@ -32,8 +32,8 @@ def main() -> int:
     def forward(number: int, frame: FrameType | None) -> None:
         early.append(number) if agent is None else agent.send_signal(number)
 
-    for number in FORWARDED:
-        signal.signal(number, forward)
+    for forwarded in FORWARDED:
+        signal.signal(forwarded, forward)
     adopt_orphans()
     command = [sys.executable, "-m", "prorl_nemo.cluster.node_agent", f"--guard={os.getpid()}"]
     agent = subprocess.Popen([*command, *sys.argv[1:]], start_new_session=True)

@@ -1,7 +1,7 @@
 """The sbatch scripts under real Slurm daemons: `make test-slurm`. Minutes; not part of `make test`.
 
-Each test submits slurm/train.sbatch with recipes/smoke/two_nodes.yaml, two ranks and two engines
-over two nodes, and does to the job what happens on clusters.
+Most submit slurm/train.sbatch with recipes/smoke/two_nodes.yaml, two ranks and two engines over
+two nodes, and do to the job what happens on clusters.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import pytest
 from daemons import Slurm
 
 from prorl_nemo.tiny_arithmetic import tiny_arithmetic_folder
+from prorl_nemo.tiny_model import tiny_model
 
 ROOT = Path(__file__).parents[2]
 RECIPE = "recipes/smoke/two_nodes.yaml"
@@ -42,7 +43,11 @@ def slurm() -> Iterator[Slurm]:
 
 
 class Job:
-    """A submitted train.sbatch and what it leaves in `folder`."""
+    """A submitted script, train.sbatch if no other, and what it leaves in `folder`.
+
+    Args:
+        arguments: of the script, in place of the recipe and `changes`.
+    """
 
     def __init__(
         self,
@@ -51,6 +56,7 @@ class Job:
         *changes: str,
         options: tuple[str, ...] = (),
         script: str = "train",
+        arguments: tuple[str, ...] = (),
         **env: str,
     ) -> None:
         self.slurm, self.folder = slurm, folder
@@ -62,9 +68,9 @@ class Job:
         exported = ",".join(f"{k}={v}" for k, v in {**settings, **env}.items())
         self.output = folder / f"{self.name}-%j.out"
         command = ["sbatch", "--parsable", f"--output={self.output}", f"--export=ALL,{exported}"]
-        command += [*OPTIONS, *options, f"slurm/{script}.sbatch", RECIPE]
+        command += [*OPTIONS, *options, f"slurm/{script}.sbatch"]
         os.chdir(ROOT)
-        self.id = slurm.run(*command, f"runs_dir={folder}/runs", *changes)
+        self.id = slurm.run(*command, *(arguments or (RECIPE, f"runs_dir={folder}/runs", *changes)))
 
     @property
     def text(self) -> str:
@@ -258,6 +264,47 @@ def test_nodes_are_looked_at(slurm: Slurm, tmp_path: Path) -> None:
     job.until_state("COMPLETED")
     log = (tmp_path / f"logs/prorl-check/{job.id}.0/node_0.log").read_text()
     assert "2 nodes are fit for two-nodes" in log and "bus bandwidth" in log
+    nothing_is_left(slurm)
+
+
+def test_an_evaluation_goes_on_after_its_time(slurm: Slurm, tmp_path: Path) -> None:
+    """On one node; stopped in the middle, every item is answered once."""
+    samples, items = tmp_path / "eval" / "samples.jsonl", 480
+    arguments = [str(tiny_arithmetic_folder()), "--benchmarks=reasoning_gym", f"--limit={items}"]
+    arguments += ["--samples=1", "--max-tokens=32", "--max-sequences=4", "--engines=1"]
+    arguments += [f"--out={samples.parent}"]
+    options = ("--nodes=1",)
+    job = Job(slurm, tmp_path, script="eval", arguments=tuple(arguments), options=options)
+
+    def answered() -> list[str]:
+        rows = samples.read_text().splitlines() if samples.exists() else []
+        return [json.loads(row)["item"] for row in rows if row.endswith("}")]
+
+    job.until("answering", lambda: len(answered()) >= 10)
+    job.ask_to_stop()
+    job.until("requeued", lambda: "stopped; back into the queue" in job.text)
+    assert 10 <= len(answered()) < items
+    job.until_state("COMPLETED")
+    assert len(answered()) == len(set(answered())) == items
+    assert (samples.parent / "results.html").exists()
+    nothing_is_left(slurm)
+
+
+def test_publishing_without_sending(slurm: Slurm, tmp_path: Path) -> None:
+    export = tiny_model("llama", tmp_path / "export")
+    about = {"run": "small", "step": 2000, "model": "tiny-arithmetic", "checkpoint_sha256": "0"}
+    (export / "prorl_export.json").write_text(json.dumps(about))
+    options, arguments = ("--nodes=1",), (str(export), "--repo=us/model", "--license=apache-2.0")
+    job = Job(
+        slurm, tmp_path, script="publish", arguments=(*arguments, "--dry-run"), options=options
+    )
+    job.until_state("COMPLETED")
+    assert "model.safetensors" in job.text and "nothing was sent" in job.text
+    wrong = Job(
+        slurm, tmp_path, script="publish", arguments=(*arguments, "--step=x"), options=options
+    )
+    wrong.until_state("FAILED")
+    assert "an exported folder is of one step" in wrong.text
     nothing_is_left(slurm)
 
 
