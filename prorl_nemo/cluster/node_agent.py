@@ -17,7 +17,6 @@ import secrets
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -35,7 +34,6 @@ from prorl_nemo.cluster.ray_node import (
     own_address,
     ray_environment,
     ray_part,
-    short_temporary,
 )
 from prorl_nemo.errors import UserError
 
@@ -105,7 +103,8 @@ def _number(name: str, default: float) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--guard", type=int, help="process whose end ends this one")
+    parser.add_argument("--guard", type=int, required=True, help="its process")
+    parser.add_argument("--temporary", type=Path, required=True, help="folder, which it removes")
     parser.add_argument("folder", type=Path)
     parser.add_argument("command", nargs=argparse.REMAINDER)
     arguments = parser.parse_args()
@@ -116,20 +115,16 @@ def main() -> int:
         return NODE_REFUSED
     adopt_orphans()
     signal.signal(signal.SIGHUP, _hang_up)
-    with tempfile.TemporaryDirectory(
-        prefix="prorl", dir=short_temporary(), ignore_cleanup_errors=True
-    ) as temporary:
-        agent = _Head if settings.node == 0 else _Other
-        try:
-            if arguments.guard:
-                hang_up_after(arguments.guard)
-            return agent(settings, Path(temporary)).run(arguments.command)
-        except AttemptOver as over:
-            _say(over.why)
-            return over.status
-        finally:
-            signal.signal(signal.SIGHUP, _nothing)
-            end_below()
+    agent = _Head if settings.node == 0 else _Other
+    try:
+        hang_up_after(arguments.guard)
+        return agent(settings, arguments.temporary).run(arguments.command)
+    except AttemptOver as over:
+        _say(over.why)
+        return over.status
+    finally:
+        signal.signal(signal.SIGHUP, _nothing)
+        end_below()
 
 
 def _hang_up(number: int, frame: FrameType | None) -> None:

@@ -12,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -26,9 +25,6 @@ READY = "Ray runtime started"
 START_SECONDS = 120.0
 _STOP_SECONDS = 10.0
 _TRIES = 3
-# 107 bytes less those of
-# /prorl12345678/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1
-_LONGEST_FOLDER = 23
 
 
 class RayFailed(RuntimeError):
@@ -131,13 +127,6 @@ def free_port() -> int:
         probe.bind(("", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def short_temporary() -> str:
-    """The folder for temporary files, or /tmp where its name leaves too little room for Ray's
-    sockets below it, whose names end at 107 bytes."""
-    folder = tempfile.gettempdir()
-    return folder if len(os.fsencode(folder)) <= _LONGEST_FOLDER else "/tmp"
 
 
 def own_address(interface: str | None) -> str:

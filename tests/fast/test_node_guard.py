@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,12 +19,20 @@ SECONDS = 60.0
 
 
 @pytest.fixture
-def guard(tmp_path: Path) -> Iterator[Guard]:
+def temporary() -> Iterator[Path]:
+    """Short, as Ray's sockets want it; empty in the end."""
+    with tempfile.TemporaryDirectory(prefix="g", dir="/tmp") as folder:
+        yield Path(folder)
+        until(lambda: not list(Path(folder).iterdir()), seconds=10.0)
+
+
+@pytest.fixture
+def guard(tmp_path: Path, temporary: Path) -> Iterator[Guard]:
     """Starts a guard whose agent is the first of two nodes, and waits for the other one."""
     started: list[subprocess.Popen[str]] = []
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PRORL_", "SLURM"))}
     kept |= {"PRORL_NODES": "a b", "SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "0"}
-    kept |= {"PYTHONPATH": os.pathsep.join(sys.path)}
+    kept |= {"PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(temporary)}
 
     def start(**settings: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "prorl_nemo.cluster.node_guard", str(tmp_path), "train"]
@@ -63,10 +72,26 @@ def test_a_killed_guard_ends_the_agent(guard: Guard, tmp_path: Path) -> None:
     assert "that Slurm had started was killed" in outer.stdout.read(), "in the same log"
 
 
-def test_a_killed_agent_ends_the_guard(guard: Guard, tmp_path: Path) -> None:
+def test_a_killed_agent_ends_the_guard(guard: Guard, tmp_path: Path, temporary: Path) -> None:
     outer = guard()
-    waiting_agent(outer, tmp_path).kill()
+    agent = waiting_agent(outer, tmp_path)
+    assert list(temporary.iterdir())
+    agent.kill()
     assert outer.wait(10.0) == 128 + signal.SIGKILL
+    assert not list(temporary.iterdir())
+
+
+def test_both_killed_leave_no_folder(guard: Guard, tmp_path: Path, temporary: Path) -> None:
+    """As by Slurm, where it follows the tree of processes."""
+    outer = guard()
+    agent = waiting_agent(outer, tmp_path)
+    for process in (outer, agent):
+        process.send_signal(signal.SIGSTOP)
+    assert list(temporary.iterdir())
+    for process in (outer, agent):
+        process.send_signal(signal.SIGKILL)
+    until(lambda: not list(temporary.iterdir()), seconds=10.0)
+    assert not (tmp_path / "status").exists(), "nothing of ours had time for it"
 
 
 def test_a_signal_reaches_the_agent(guard: Guard, tmp_path: Path) -> None:
