@@ -37,13 +37,13 @@ from prorl_nemo.cluster.ray_node import (
 )
 from prorl_nemo.errors import UserError
 
-NODE_LOST, NODE_REFUSED, NOT_JOINED = 70, 71, 72
+NODE_LOST, NODE_REFUSED, NOT_JOINED, HUNG_UP = 70, 71, 72, 128 + signal.SIGHUP
 """Exit statuses of an attempt that ended for the sake of its nodes."""
 HEAD, STATUS, STOP = "head", "status", "stop"
 _TOO_EARLY = "stopped before the run began"
 _POLL_SECONDS = 0.5
 _LEAVE_SECONDS = 5.0
-"""For the command to end its graders and trackers; too little to save, and the job is over."""
+"""For the command, when the job is over: a small run saves in it, others end their trackers."""
 
 
 class AttemptOver(Exception):
@@ -130,7 +130,7 @@ def main() -> int:
 def _hang_up(number: int, frame: FrameType | None) -> None:
     """Slurm has killed the guard: the job is over, and what runs here is to end at once."""
     signal.signal(number, _nothing)
-    raise AttemptOver(128 + number, "ended, because the process that Slurm had started was killed")
+    raise AttemptOver(HUNG_UP, "ended, because the process that Slurm had started was killed")
 
 
 def _nothing(number: int, frame: FrameType | None) -> None:
@@ -155,6 +155,10 @@ class _Head:
             status, why = self._attempt(command), ""
         except AttemptOver as over:
             status, why = over.status, over.why
+            if status == HUNG_UP and self.driver is not None:
+                self.driver.terminate()
+                with suppress(subprocess.TimeoutExpired):
+                    self.driver.wait(_LEAVE_SECONDS)
         except (LinkLost, RayFailed) as error:
             status, why = NOT_JOINED, str(error)
         finally:
@@ -263,9 +267,6 @@ class _Head:
         self.over = True
         if self.driver is not None and self.driver.poll() is None:
             # It cannot save any more: its ranks are gone, or the time is.
-            self.driver.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                self.driver.wait(_LEAVE_SECONDS)
             with suppress(ProcessLookupError):
                 os.killpg(self.driver.pid, signal.SIGKILL)
         for link in self.links.values():
