@@ -25,6 +25,7 @@ READY = "Ray runtime started"
 START_SECONDS = 120.0
 _STOP_SECONDS = 10.0
 _TRIES = 3
+_ADDRESS = "ray_current_cluster"
 
 
 class RayFailed(RuntimeError):
@@ -61,7 +62,7 @@ class RayNode:
                 self._process = subprocess.Popen(
                     command, stdout=out, stderr=subprocess.STDOUT, env=dict(environment)
                 )
-            if self._ready(written):
+            if self._ready(written) and (head or self._addressed()):
                 return
             self.stop()
             if number + 1 < _TRIES:  # A free port may have been taken by somebody else.
@@ -71,7 +72,7 @@ class RayNode:
     @property
     def address(self) -> str:
         """Of the head."""
-        return (self._temporary / "ray_current_cluster").read_text().strip()
+        return (self._temporary / _ADDRESS).read_text().strip()
 
     @property
     def alive(self) -> bool:
@@ -87,6 +88,16 @@ class RayNode:
         self._process.wait()
         self._process = None
         shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def _addressed(self) -> bool:
+        """Whether a head has written its address, which it does after it has said READY."""
+        deadline = time.monotonic() + _STOP_SECONDS
+        file = self._temporary / _ADDRESS
+        while not (file.exists() and file.read_text().strip()):
+            if time.monotonic() > deadline or not self.alive:
+                return False
+            time.sleep(0.1)
+        return True
 
     def _ready(self, written: int) -> bool:
         """Whether it says so in its log, behind the `written` bytes of earlier tries."""

@@ -20,6 +20,7 @@ import psutil
 import pytest
 from daemons import Slurm
 
+from prorl_nemo.strict_yaml import dump_yaml
 from prorl_nemo.tiny_arithmetic import tiny_arithmetic_folder
 from prorl_nemo.tiny_model import tiny_model
 
@@ -144,11 +145,11 @@ def of_jobs(slurm: Slurm) -> dict[psutil.Process, list[str]]:
 
 
 def test_time_limit_saves_and_requeues(slurm: Slurm, tmp_path: Path) -> None:
-    """Three minutes of time, signalled a minute before, for a run that needs much more.
+    """Four minutes of time, signalled a minute before, for a run that needs much more.
 
     prorl's own clock is put off: it would stop in time for the job's end by itself.
     """
-    options = ("--time=3", "--signal=B:USR1@60")
+    options = ("--time=4", "--signal=B:USR1@60")
     changes = ("stages=[{steps: 5000}]", "faults.wall_clock_hours=9")
     job = Job(slurm, tmp_path, *changes, "policy.optimizer.learning_rate=1e-7", options=options)
     job.until("requeued", lambda: "back into the queue" in job.text)
@@ -270,9 +271,19 @@ def test_nodes_are_looked_at(slurm: Slurm, tmp_path: Path) -> None:
 def test_an_evaluation_goes_on_after_its_time(slurm: Slurm, tmp_path: Path) -> None:
     """On one node; stopped in the middle, every item is answered once."""
     samples, items = tmp_path / "eval" / "samples.jsonl", 480
-    arguments = [str(tiny_arithmetic_folder()), "--benchmarks=reasoning_gym", f"--limit={items}"]
-    arguments += ["--samples=1", "--max-tokens=32", "--max-sequences=4", "--engines=1"]
-    arguments += [f"--out={samples.parent}"]
+    sampling = {"temperature": 1.0, "top_p": 1.0, "max_tokens": 32}
+    data = {"origin": "generated", "name": "reasoning-gym", "revision": "0.1.25"}
+    data |= {"reader": "reasoning_gym", "licence": "Apache-2.0", "sha256": None}
+    data |= {"items": items, "tasks": ["chain_sum"], "items_per_task": items}
+    sums = {"name": "sums", "title": "Sums", "domain": "logic", "data": data, "samples": 1}
+    sums |= {"prompt": "{problem}", "extraction": "answer_tags", "grader": "reasoning_gym"}
+    sums |= {"metric": "continuous", "sampling": sampling, "source": "ours"}
+    protocol = {"name": "one", "title": "One", "samples": 1, "source": "ours", "sampling": sampling}
+    for kind, content in (("benchmarks", sums), ("protocols", protocol)):
+        (tmp_path / "own" / kind).mkdir(parents=True)
+        (tmp_path / "own" / kind / f"{content['name']}.yaml").write_text(dump_yaml(content))
+    arguments = [str(tiny_arithmetic_folder()), f"--definitions={tmp_path}/own", "--protocol=one"]
+    arguments += ["--engines=1", "--max-sequences=4", f"--out={samples.parent}"]
     options = ("--nodes=1",)
     job = Job(slurm, tmp_path, script="eval", arguments=tuple(arguments), options=options)
 
