@@ -107,7 +107,7 @@ attempt() {
   trap 'stopped=cancelled; say "cancelled or preempted"' TERM
   in_job "--nodes=$SLURM_JOB_NUM_NODES" "--ntasks=$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --overlap \
     --kill-on-bad-exit=0 --wait=0 "--output=${folder//%/%%}/node_%n.log" --open-mode=append \
-    -- -m prorl_nemo.cluster.node_agent "$folder" "$@" &
+    -- -m prorl_nemo.cluster.node_guard "$folder" "$@" &
   pid=$!
   local patience=20
   while kill -0 "$pid" 2>/dev/null; do

@@ -1,6 +1,5 @@
-"""One node of a Slurm job, from the first look at it to the last process: `srun` runs it on each.
-
-    python -m prorl_nemo.cluster.node_agent FOLDER train RECIPE ...
+"""One node of a Slurm job, from the first look at it to the last process: `srun` runs it on each,
+behind a guard (node_guard.py).
 
 The first node waits for the others, compares what they show (probes.py), starts a Ray head, lets
 them join, runs that `prorl` command with RAY_ADDRESS, and ends it when a node is lost. FOLDER is
@@ -18,7 +17,6 @@ import secrets
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,24 +25,25 @@ from types import FrameType
 from typing import Any
 
 from prorl_nemo.cluster.link import Door, Link, LinkLost
+from prorl_nemo.cluster.node_guard import adopt_orphans, end_below, hang_up_after
 from prorl_nemo.cluster.placement import listed
 from prorl_nemo.cluster.probes import GIB, Needs, Probe, probe, problems
 from prorl_nemo.cluster.ray_node import (
     RayFailed,
     RayNode,
-    adopt_orphans,
     own_address,
     ray_environment,
     ray_part,
-    short_temporary,
 )
 from prorl_nemo.errors import UserError
 
-NODE_LOST, NODE_REFUSED, NOT_JOINED = 70, 71, 72
+NODE_LOST, NODE_REFUSED, NOT_JOINED, HUNG_UP = 70, 71, 72, 128 + signal.SIGHUP
 """Exit statuses of an attempt that ended for the sake of its nodes."""
 HEAD, STATUS, STOP = "head", "status", "stop"
+_TOO_EARLY = "stopped before the run began"
 _POLL_SECONDS = 0.5
-_LEAVE_SECONDS = 10.0
+_LEAVE_SECONDS = 5.0
+"""For the command, when the job is over: a small run saves in it, others end their trackers."""
 
 
 class AttemptOver(Exception):
@@ -104,6 +103,8 @@ def _number(name: str, default: float) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--guard", type=int, required=True, help="its process")
+    parser.add_argument("--temporary", type=Path, required=True, help="folder, which it removes")
     parser.add_argument("folder", type=Path)
     parser.add_argument("command", nargs=argparse.REMAINDER)
     arguments = parser.parse_args()
@@ -113,11 +114,27 @@ def main() -> int:
         _say(f"error: {error}")
         return NODE_REFUSED
     adopt_orphans()
-    with tempfile.TemporaryDirectory(
-        prefix="prorl", dir=short_temporary(), ignore_cleanup_errors=True
-    ) as temporary:
-        agent = _Head if settings.node == 0 else _Other
-        return agent(settings, Path(temporary)).run(arguments.command)
+    signal.signal(signal.SIGHUP, _hang_up)
+    agent = _Head if settings.node == 0 else _Other
+    try:
+        hang_up_after(arguments.guard)
+        return agent(settings, arguments.temporary).run(arguments.command)
+    except AttemptOver as over:
+        _say(over.why)
+        return over.status
+    finally:
+        signal.signal(signal.SIGHUP, _nothing)
+        end_below()
+
+
+def _hang_up(number: int, frame: FrameType | None) -> None:
+    """Slurm has killed the guard: the job is over, and what runs here is to end at once."""
+    signal.signal(number, _nothing)
+    raise AttemptOver(HUNG_UP, "ended, because the process that Slurm had started was killed")
+
+
+def _nothing(number: int, frame: FrameType | None) -> None:
+    """In place of SIG_IGN, which Ray's processes would inherit."""
 
 
 class _Head:
@@ -129,16 +146,19 @@ class _Head:
         self.arriving: queue.Queue[Link] = queue.Queue()
         self.ray: RayNode | None = None
         self.driver: subprocess.Popen[bytes] | None = None
-        self.signalled: int | None = None
-        self.stopping = False
+        self.stopping = self.over = False
 
     def run(self, command: list[str]) -> int:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._forward)
         try:
             status, why = self._attempt(command), ""
         except AttemptOver as over:
             status, why = over.status, over.why
+            if status == HUNG_UP and self.driver is not None:
+                self.driver.terminate()
+                with suppress(subprocess.TimeoutExpired):
+                    self.driver.wait(_LEAVE_SECONDS)
         except (LinkLost, RayFailed) as error:
             status, why = NOT_JOINED, str(error)
         finally:
@@ -174,9 +194,8 @@ class _Head:
             link.send({"ray": self.ray.address, "environment": ray_part(environment)})
         self._all_say("joined")
         _say(f"Ray runs on {len(settings.names)} nodes at {self.ray.address}")
-        if self.signalled or (settings.folder / STOP).exists():
-            number = self.signalled or signal.SIGUSR1
-            raise AttemptOver(128 + number, "stopped before the run began")
+        if (settings.folder / STOP).exists():
+            raise AttemptOver(128 + signal.SIGUSR1, _TOO_EARLY)
         environment["RAY_ADDRESS"] = self.ray.address
         prorl = [sys.executable, "-m", "prorl_nemo.cli", *command]
         self.driver = subprocess.Popen(prorl, env=environment, start_new_session=True)
@@ -238,13 +257,16 @@ class _Head:
         return status if status >= 0 else 128 - status
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
-        self.signalled = number
-        if self.driver is not None and self.driver.poll() is None:
+        if self.driver is not None:
             self.driver.send_signal(number)
+        elif not self.over:
+            self.over = True
+            raise AttemptOver(128 + number, _TOO_EARLY)
 
     def _close(self) -> None:
+        self.over = True
         if self.driver is not None and self.driver.poll() is None:
-            # It cannot save any more: its ranks are gone.
+            # It cannot save any more: its ranks are gone, or the time is.
             with suppress(ProcessLookupError):
                 os.killpg(self.driver.pid, signal.SIGKILL)
         for link in self.links.values():
@@ -264,9 +286,8 @@ class _Other:
 
     def run(self, command: list[str]) -> int:
         # The head decides: while it saves, the ranks here are needed.
-        for number in (signal.SIGTERM, signal.SIGINT):
-            # Not SIG_IGN, which Ray's processes would inherit.
-            signal.signal(number, lambda number, frame: None)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, _nothing)
         try:
             link, own = self._connect()
         except (OSError, LinkLost) as error:
@@ -330,7 +351,8 @@ def _publish(file: Path, text: str) -> None:
 
 
 def _say(text: str) -> None:
-    print(time.strftime("%F %T"), text, flush=True)
+    with suppress(OSError):  # Whoever read it may have been killed.
+        print(time.strftime("%F %T"), text, flush=True)
 
 
 if __name__ == "__main__":

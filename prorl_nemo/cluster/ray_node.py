@@ -6,14 +6,12 @@ two jobs on one node usually fail.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -21,14 +19,13 @@ from pathlib import Path
 
 import psutil
 
+from prorl_nemo.cluster.node_guard import end_below
+
 READY = "Ray runtime started"
 START_SECONDS = 120.0
 _STOP_SECONDS = 10.0
 _TRIES = 3
-_SET_CHILD_SUBREAPER = 36  # prctl(2)
-# 107 bytes less those of
-# /prorl12345678/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1
-_LONGEST_FOLDER = 23
+_ADDRESS = "ray_current_cluster"
 
 
 class RayFailed(RuntimeError):
@@ -65,7 +62,7 @@ class RayNode:
                 self._process = subprocess.Popen(
                     command, stdout=out, stderr=subprocess.STDOUT, env=dict(environment)
                 )
-            if self._ready(written):
+            if self._ready(written) and (head or self._addressed()):
                 return
             self.stop()
             if number + 1 < _TRIES:  # A free port may have been taken by somebody else.
@@ -75,7 +72,7 @@ class RayNode:
     @property
     def address(self) -> str:
         """Of the head."""
-        return (self._temporary / "ray_current_cluster").read_text().strip()
+        return (self._temporary / _ADDRESS).read_text().strip()
 
     @property
     def alive(self) -> bool:
@@ -85,16 +82,22 @@ class RayNode:
         """End every process below this one, and remove their folder."""
         if self._process is None:
             return
-        below = psutil.Process().children(recursive=True)
         with suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGTERM)
-        _, left = psutil.wait_procs(below, timeout=_STOP_SECONDS)
-        for process in [*left, *psutil.Process().children(recursive=True)]:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        end_below(_STOP_SECONDS)
         self._process.wait()
         self._process = None
         shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def _addressed(self) -> bool:
+        """Whether a head has written its address, which it does after it has said READY."""
+        deadline = time.monotonic() + _STOP_SECONDS
+        file = self._temporary / _ADDRESS
+        while not (file.exists() and file.read_text().strip()):
+            if time.monotonic() > deadline or not self.alive:
+                return False
+            time.sleep(0.1)
+        return True
 
     def _ready(self, written: int) -> bool:
         """Whether it says so in its log, behind the `written` bytes of earlier tries."""
@@ -129,24 +132,12 @@ def ray_part(environment: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name.startswith("RAY_")}
 
 
-def adopt_orphans() -> None:
-    """Descendants whose parent ends become this process's children, so none can be left behind."""
-    ctypes.CDLL(None, use_errno=True).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-
-
 def free_port() -> int:
     """A port that nobody uses now."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def short_temporary() -> str:
-    """The folder for temporary files, or /tmp where its name leaves too little room for Ray's
-    sockets below it, whose names end at 107 bytes."""
-    folder = tempfile.gettempdir()
-    return folder if len(os.fsencode(folder)) <= _LONGEST_FOLDER else "/tmp"
 
 
 def own_address(interface: str | None) -> str:

@@ -12,15 +12,14 @@ that is killed at any moment generates nothing twice, and a slow grader loses no
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from prorl_nemo import folder_lock
 from prorl_nemo.errors import UserError
 from prorl_nemo.evaluation.sample_file import SampleFile, read_rows
 from prorl_nemo.evaluation.suite import Suite, differences, stored_suite
@@ -105,7 +104,7 @@ def open_store(folder: Path, suite: Suite, manifest: dict[str, Any]) -> Iterator
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder against other processes. Raises UserError if one has it."""
+    """Hold a folder against other processes. Raises UserError if one keeps it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / "lock").open("a+")
@@ -113,16 +112,15 @@ def locked(folder: Path) -> Iterator[None]:
         raise UserError(f"--out: {folder} cannot be written ({error.strerror})") from None
     with file:
         try:
-            # Of the open file: released whatever ends this process.
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
+            folder_lock.take(
+                file, f"--out: {folder}", "wait for its end, stop it, or give another folder"
+            )
+            folder_lock.sign(file)
+        except OSError as error:
             raise UserError(
-                f"--out: {folder} is in use by {file.read(200).strip() or 'another process'}"
+                f"--out: {folder} cannot be locked ({error.strerror}), so two processes could "
+                "ruin it; give another folder"
             ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
         yield
 
 

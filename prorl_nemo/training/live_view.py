@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterable
 from contextlib import suppress
+from pathlib import Path
 
 from rich.console import Console, RenderableType
 from rich.live import Live
@@ -69,8 +70,7 @@ class LiveView:
         with self._lock:
             seen = self._seen
             seen.begin_phase(name, total)
-            # For ps and top: what a run does can be seen without its terminal.
-            setproctitle(f"prorl {seen.name}: step {seen.step + 1}, {seen.phase}")
+            _show_in_ps(f"prorl {seen.name}: step {seen.step + 1}, {seen.phase}")
 
     def progress(self, done: float, detail: str = "") -> None:
         """How far the running phase is, and a few words (`812 tok/s, 3 rejected`)."""
@@ -141,3 +141,15 @@ class LiveView:
             f"left {duration(self._seen.seconds_left())}",
         ]
         return "  ".join(parts)
+
+
+def _show_in_ps(title: str) -> None:
+    """For ps and top: what a run does can be seen without its terminal.
+
+    The short name, which `setproctitle` sets as well, stays one word: Slurm's proctrack/linuxproc
+    cannot read the line in /proc of a process whose name has a space, so it would neither signal
+    nor kill it.
+    """
+    setproctitle(title)
+    with suppress(OSError):
+        Path("/proc/self/comm").write_text(title.split()[0])

@@ -92,7 +92,7 @@ def train(recipe: Recipe) -> tuple[bool, Path]:
     report = recipe.run_dir / "report.html"
     try:
         write_report([recipe.run_dir], report)
-    except OSError as error:
+    except (OSError, UserError) as error:  # Also of a run that stopped before its first step.
         print(f"the report could not be written: {error}", file=sys.stderr)
     return finished, report
 

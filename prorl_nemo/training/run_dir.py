@@ -7,14 +7,12 @@ is locked, because two processes would overwrite each other's checkpoints.
 
 from __future__ import annotations
 
-import fcntl
-import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from prorl_nemo import folder_lock
 from prorl_nemo.errors import UserError
 from prorl_nemo.recipe import Recipe
 from prorl_nemo.recipe_pretrain import Pretraining
@@ -86,23 +84,18 @@ def open_run_dir(recipe: Recipe | Pretraining) -> Iterator[dict[str, list[Any]]]
         raise _unwritable(run_dir, error) from None
     with lock:
         try:
-            # Of the open file: released whatever ends this process.
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise UserError(
-                f"name: {run_dir} is in use by {lock.read(200).strip() or 'another process'}; wait "
-                "for its end, stop it, or give this run another name with name=NAME"
-            ) from None
+            folder_lock.take(
+                lock,
+                f"name: {run_dir}",
+                "wait for its end, stop it, or give this run another name with name=NAME",
+            )
         except OSError as error:
             raise UserError(
                 f"runs_dir: the file system of {run_dir} cannot lock files ({error.strerror}), so "
                 "two processes could ruin one run; choose another with runs_dir=DIR"
             ) from None
         try:
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            lock.flush()
+            folder_lock.sign(lock)
             changes = changes_since(recipe)
             if changes is None:
                 resolved = dump_yaml(recipe.model_dump(mode="json"))

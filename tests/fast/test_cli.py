@@ -15,6 +15,7 @@ import pytest
 import ray
 from typer.testing import CliRunner, Result
 
+from prorl_nemo import folder_lock
 from prorl_nemo.cli import app
 from prorl_nemo.recipe import load_recipe
 from prorl_nemo.strict_yaml import dump_yaml
@@ -120,10 +121,17 @@ def test_an_unwritable_run_directory(prorl: Run, recipe: Path, tmp_path: Path) -
     refused(result, "runs_dir: ", "cannot be written", "runs_dir=DIR")
 
 
-def test_a_run_directory_of_another_recipe_or_in_use(prorl: Run, recipe: Path) -> None:
+def test_a_run_directory_of_another_recipe_or_in_use(
+    prorl: Run, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder_lock, "WAIT_SECONDS", 0.5)
     settings = load_recipe(recipe)
     with open_run_dir(settings):
-        refused(prorl("train", recipe), "is in use by process", "name=NAME")
+        result = prorl("train", recipe)
+        assert result.exit_code == 2 and result.stdout == ""
+        wait, refusal = result.stderr.split("\n", 1)
+        assert "is in use by process" in wait and "waiting up to 0.5 s for its end" in wait
+        assert refusal.startswith("error ") and "name=NAME" in refusal
         (settings.run_dir / "metrics.jsonl").write_text('{"kind": "validation", "step": 0}\n')
     result = prorl("train", recipe, "seed=7")
     refused(result, "was begun with another recipe", "name=NAME", "seed: 1 there, 7 now")

@@ -20,6 +20,7 @@ ROOMS: dict[str, set[str]] = {
     # The vocabulary, and what reads it from files.
     "errors": set(),
     "records": set(),
+    "folder_lock": {"errors"},
     "strict_yaml": set(),
     "settings_file": {"errors", "strict_yaml"},
     "recipe": {"settings_file", "recipe_data", "recipe_rollout", "recipe_training"}
@@ -55,6 +56,7 @@ ROOMS: dict[str, set[str]] = {
     "reporting": {"errors", "strict_yaml", "training.metrics"},
     "training": VOCABULARY
     | {"settings_file", "recipe_pretrain", "strict_yaml", "algorithms", "schedule", "rewards"}
+    | {"folder_lock"}
     | {"data", "model_source"}
     | {"recipe_training", "planning.hardware"}
     | {"megatron", "rollout", "cluster", "reporting"},
@@ -73,6 +75,7 @@ ROOMS: dict[str, set[str]] = {
     "evaluation": {"errors", "settings_file", "strict_yaml", "data", "rewards"},
     # A model answers benchmarks: engines without a trainer.
     "harness": VOCABULARY
+    | {"folder_lock"}
     | {"evaluation", "data", "rewards", "rollout", "reporting", "model_source", "export"}
     | {"training.run_state", "training.session"},
     # Exported models for others; its self-check starts an engine and a trainer rank.

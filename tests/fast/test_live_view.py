@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import math
+import subprocess
+import sys
 from itertools import pairwise
 from typing import Any
 
@@ -253,3 +255,21 @@ def test_sparkline_against_a_slow_reference(values: list[float], width: int) -> 
         assert line[means.index(min(means))] == "▁"
     order = sorted(range(count), key=lambda i: means[i])
     assert all(line[a] <= line[b] for a, b in pairwise(order))
+
+
+IN_A_PROCESS = """
+from pathlib import Path
+from prorl_nemo.training.live_view import LiveView
+LiveView("two words", "model", 10).phase("generate")
+print(Path("/proc/self/stat").read_text())
+print(Path("/proc/self/cmdline").read_text().rstrip(chr(0)))
+"""
+
+
+def test_what_ps_shows_is_read_by_slurm() -> None:
+    """proctrack/linuxproc reads a line of /proc word by word: a short name of two words hides a
+    process from its signals."""
+    command = [sys.executable, "-c", IN_A_PROCESS]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert shown[0].split()[1:3] == ["(prorl)", "R"]
+    assert shown[-1] == "prorl two words: step 1, generate"

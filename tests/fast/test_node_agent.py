@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from prorl_nemo.cluster.node_agent import Settings
+from prorl_nemo.cluster.node_guard import short_temporary
 from prorl_nemo.cluster.probes import GIB
-from prorl_nemo.cluster.ray_node import short_temporary
 from prorl_nemo.errors import UserError
 
 FOLDER = Path("attempt")

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
+from prorl_nemo import folder_lock
 from prorl_nemo.errors import ModelError, RecipeError, UserError
 from prorl_nemo.megatron.layout import read_model_spec
 from prorl_nemo.recipe import Recipe, load_recipe, parse_recipe
@@ -306,39 +308,69 @@ def test_an_unwritable_run_directory(tmp_path: Path) -> None:
 
 
 HOLDER = """
-import sys
+import sys, time
 from prorl_nemo.recipe import load_recipe
 from prorl_nemo.training.run_dir import open_run_dir
 with open_run_dir(load_recipe(sys.argv[1])):
     print("held", flush=True)
-    sys.stdin.read()
+    sys.stdin.readline()
+    time.sleep(2)
 """
 
 
-def test_two_processes_cannot_have_one_run(tmp_path: Path) -> None:
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that has the run's folder, to 2 s after a line to its standard input."""
     ours = recipe(tmp_path)
     with open_run_dir(ours):
         pass
-    holder = subprocess.Popen(
+    made = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(ours.run_dir / "recipe.yaml")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
-    assert holder.stdout is not None
+    assert made.stdout is not None
     try:
-        assert holder.stdout.readline() == b"held\n"
-        with (
-            pytest.raises(UserError, match=rf"is in use by process {holder.pid} on .*name=NAME"),
-            open_run_dir(ours),
-        ):
-            pass
+        assert made.stdout.readline() == b"held\n"
+        yield made
     finally:
-        holder.kill()
-        holder.communicate()
+        made.kill()
+        made.communicate()
+
+
+def test_two_processes_cannot_have_one_run(
+    tmp_path: Path, holder: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = recipe(tmp_path)
+    monkeypatch.setattr(folder_lock, "WAIT_SECONDS", 1.0)
+    began = time.monotonic()
+    with (
+        pytest.raises(UserError, match=rf"is in use by process {holder.pid} on .*name=NAME"),
+        open_run_dir(ours),
+    ):
+        pass
+    assert time.monotonic() - began >= 1.0
+    holder.kill()
+    holder.wait()
     # A killed process leaves nothing to clean up.
     with open_run_dir(ours):
         assert (ours.run_dir / "lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_a_run_waits_for_the_one_before(
+    tmp_path: Path, holder: subprocess.Popen[bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert holder.stdin is not None
+    holder.stdin.write(b"\n")
+    holder.stdin.flush()
+    began = time.monotonic()
+    with open_run_dir(recipe(tmp_path)):
+        assert 1.0 < time.monotonic() - began < folder_lock.WAIT_SECONDS
+        lock = (tmp_path / "runs" / "small" / "lock").read_text()
+        assert lock.startswith(f"process {os.getpid()} on ")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"in use by process {holder.pid} on " in line and "waiting up to 30 s" in line
 
 
 def _stored(ours: Recipe) -> Recipe:

@@ -14,7 +14,7 @@ from prorl_nemo.errors import FaultError, UserError
 from prorl_nemo.recipe import load_recipe
 from prorl_nemo.training.live_view import LiveView
 from prorl_nemo.training.metrics import EVENTS, RunLog, read_rows
-from prorl_nemo.training.run import FAULTS, RestartNeeded, _Run
+from prorl_nemo.training.run import FAULTS, RestartNeeded, _Run, train
 from prorl_nemo.training.run_state import Checkpoints
 from prorl_nemo.training.stopping import StopRequested
 from prorl_nemo.training.tracking import Tracker
@@ -84,3 +84,13 @@ def test_a_fault_restarts_the_processes_until_the_limit(
     ):
         run.to_the_end({})
     assert events(tmp_path) == ["restarted", "restarted"]
+
+
+def test_a_run_that_stops_before_its_first_step_ends_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There is nothing to report on yet; as an error it would look like a refused recipe."""
+    monkeypatch.setattr(_Run, "_once", lambda self, changes: False)
+    finished, report = train(load_recipe(RECIPE, [f"runs_dir={tmp_path}"]))
+    assert not finished and not report.exists()
+    assert "has no rows yet" in capsys.readouterr().err

@@ -1,7 +1,7 @@
 """The sbatch scripts under real Slurm daemons: `make test-slurm`. Minutes; not part of `make test`.
 
-Each test submits slurm/train.sbatch with recipes/smoke/two_nodes.yaml, two ranks and two engines
-over two nodes, and does to the job what happens on clusters.
+Most submit slurm/train.sbatch with recipes/smoke/two_nodes.yaml, two ranks and two engines over
+two nodes, and do to the job what happens on clusters.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ import psutil
 import pytest
 from daemons import Slurm
 
+from prorl_nemo.strict_yaml import dump_yaml
 from prorl_nemo.tiny_arithmetic import tiny_arithmetic_folder
+from prorl_nemo.tiny_model import tiny_model
 
 ROOT = Path(__file__).parents[2]
 RECIPE = "recipes/smoke/two_nodes.yaml"
@@ -42,7 +44,11 @@ def slurm() -> Iterator[Slurm]:
 
 
 class Job:
-    """A submitted train.sbatch and what it leaves in `folder`."""
+    """A submitted script, train.sbatch if no other, and what it leaves in `folder`.
+
+    Args:
+        arguments: of the script, in place of the recipe and `changes`.
+    """
 
     def __init__(
         self,
@@ -51,6 +57,7 @@ class Job:
         *changes: str,
         options: tuple[str, ...] = (),
         script: str = "train",
+        arguments: tuple[str, ...] = (),
         **env: str,
     ) -> None:
         self.slurm, self.folder = slurm, folder
@@ -62,9 +69,9 @@ class Job:
         exported = ",".join(f"{k}={v}" for k, v in {**settings, **env}.items())
         self.output = folder / f"{self.name}-%j.out"
         command = ["sbatch", "--parsable", f"--output={self.output}", f"--export=ALL,{exported}"]
-        command += [*OPTIONS, *options, f"slurm/{script}.sbatch", RECIPE]
+        command += [*OPTIONS, *options, f"slurm/{script}.sbatch"]
         os.chdir(ROOT)
-        self.id = slurm.run(*command, f"runs_dir={folder}/runs", *changes)
+        self.id = slurm.run(*command, *(arguments or (RECIPE, f"runs_dir={folder}/runs", *changes)))
 
     @property
     def text(self) -> str:
@@ -138,11 +145,11 @@ def of_jobs(slurm: Slurm) -> dict[psutil.Process, list[str]]:
 
 
 def test_time_limit_saves_and_requeues(slurm: Slurm, tmp_path: Path) -> None:
-    """Three minutes of time, signalled a minute before, for a run that needs much more.
+    """Four minutes of time, signalled a minute before, for a run that needs much more.
 
     prorl's own clock is put off: it would stop in time for the job's end by itself.
     """
-    options = ("--time=3", "--signal=B:USR1@60")
+    options = ("--time=4", "--signal=B:USR1@60")
     changes = ("stages=[{steps: 5000}]", "faults.wall_clock_hours=9")
     job = Job(slurm, tmp_path, *changes, "policy.optimizer.learning_rate=1e-7", options=options)
     job.until("requeued", lambda: "back into the queue" in job.text)
@@ -258,6 +265,57 @@ def test_nodes_are_looked_at(slurm: Slurm, tmp_path: Path) -> None:
     job.until_state("COMPLETED")
     log = (tmp_path / f"logs/prorl-check/{job.id}.0/node_0.log").read_text()
     assert "2 nodes are fit for two-nodes" in log and "bus bandwidth" in log
+    nothing_is_left(slurm)
+
+
+def test_an_evaluation_goes_on_after_its_time(slurm: Slurm, tmp_path: Path) -> None:
+    """On one node; stopped in the middle, every item is answered once."""
+    samples, items = tmp_path / "eval" / "samples.jsonl", 480
+    sampling = {"temperature": 1.0, "top_p": 1.0, "max_tokens": 32}
+    data = {"origin": "generated", "name": "reasoning-gym", "revision": "0.1.25"}
+    data |= {"reader": "reasoning_gym", "licence": "Apache-2.0", "sha256": None}
+    data |= {"items": items, "tasks": ["chain_sum"], "items_per_task": items}
+    sums = {"name": "sums", "title": "Sums", "domain": "logic", "data": data, "samples": 1}
+    sums |= {"prompt": "{problem}", "extraction": "answer_tags", "grader": "reasoning_gym"}
+    sums |= {"metric": "continuous", "sampling": sampling, "source": "ours"}
+    protocol = {"name": "one", "title": "One", "samples": 1, "source": "ours", "sampling": sampling}
+    for kind, content in (("benchmarks", sums), ("protocols", protocol)):
+        (tmp_path / "own" / kind).mkdir(parents=True)
+        (tmp_path / "own" / kind / f"{content['name']}.yaml").write_text(dump_yaml(content))
+    arguments = [str(tiny_arithmetic_folder()), f"--definitions={tmp_path}/own", "--protocol=one"]
+    arguments += ["--engines=1", "--max-sequences=4", f"--out={samples.parent}"]
+    options = ("--nodes=1",)
+    job = Job(slurm, tmp_path, script="eval", arguments=tuple(arguments), options=options)
+
+    def answered() -> list[str]:
+        rows = samples.read_text().splitlines() if samples.exists() else []
+        return [json.loads(row)["item"] for row in rows if row.endswith("}")]
+
+    job.until("answering", lambda: len(answered()) >= 10)
+    job.ask_to_stop()
+    job.until("requeued", lambda: "stopped; back into the queue" in job.text)
+    assert 10 <= len(answered()) < items
+    job.until_state("COMPLETED")
+    assert len(answered()) == len(set(answered())) == items
+    assert (samples.parent / "results.html").exists()
+    nothing_is_left(slurm)
+
+
+def test_publishing_without_sending(slurm: Slurm, tmp_path: Path) -> None:
+    export = tiny_model("llama", tmp_path / "export")
+    about = {"run": "small", "step": 2000, "model": "tiny-arithmetic", "checkpoint_sha256": "0"}
+    (export / "prorl_export.json").write_text(json.dumps(about))
+    options, arguments = ("--nodes=1",), (str(export), "--repo=us/model", "--license=apache-2.0")
+    job = Job(
+        slurm, tmp_path, script="publish", arguments=(*arguments, "--dry-run"), options=options
+    )
+    job.until_state("COMPLETED")
+    assert "model.safetensors" in job.text and "nothing was sent" in job.text
+    wrong = Job(
+        slurm, tmp_path, script="publish", arguments=(*arguments, "--step=x"), options=options
+    )
+    wrong.until_state("FAILED")
+    assert "an exported folder is of one step" in wrong.text
     nothing_is_left(slurm)
 
 
