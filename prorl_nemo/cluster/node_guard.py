@@ -51,7 +51,9 @@ def _guard(temporary: Path) -> int:
     adopt_orphans()
     command = [sys.executable, "-m", "prorl_nemo.cluster.node_agent", *sys.argv[1:]]
     command[3:3] = [f"--guard={os.getpid()}", f"--temporary={temporary}"]
-    agent = subprocess.Popen(command, start_new_session=True, pass_fds=(ours,))
+    # Its own temporary files, too, are in the folder that is removed whatever is killed.
+    environment = os.environ | {"TMPDIR": str(temporary)}
+    agent = subprocess.Popen(command, start_new_session=True, pass_fds=(ours,), env=environment)
     for number in early:
         agent.send_signal(number)
     status = agent.wait()
