@@ -88,7 +88,7 @@ def test_balance_by_hand() -> None:
 
 
 def test_exchanges_end_where_none_helps() -> None:
-    """Longest first deals 11 9 1 and 11 7 6; one swap makes 24 and 21 the 23 and 22 that are best."""
+    """Longest first deals 11 9 1 and 11 7 6; one swap makes 22 and 23 of them, the best."""
     costs = [11.0, 6.0, 11.0, 9.0, 1.0, 7.0]
     assert sorted(sum(costs[i] for i in share) for share in balance(costs, 2)) == [22.0, 23.0]
 
