@@ -35,6 +35,7 @@ def row_loss(
     """
     logprobs, entropy, device = output[0], output[1].detach(), output.device
     if not row.sample_ids:
+        # Padding alone: of no weight, but without a backward pass the other ranks would wait.
         return output.sum(), torch.tensor(0, dtype=torch.int, device=device), {}
     old, reference, engine = (
         _flat(figures, row, device)

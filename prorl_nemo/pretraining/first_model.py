@@ -56,7 +56,7 @@ def make_tokenizer(tasks: Iterable[Sequence[str]], vocab_size: int, max_position
     bpe = json.loads(trained.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
         vocab=bpe["vocab"],
-        merges=[tuple(pair) for pair in bpe["merges"]],
+        merges=[tuple(pair) for pair in bpe["merges"]],  # type: ignore[misc]
         unk_token=PAD,
         eos_token=END_OF_TURN,
         pad_token=PAD,

@@ -215,6 +215,12 @@ def test_paired_test_by_hand() -> None:
         paired_test(a, {"w": [1.0, 1.0]})
 
 
+def test_a_drawn_p_value_counts_the_observed_pattern() -> None:
+    """Forty differences of 1: of 100 random patterns none is as extreme, the observed one is."""
+    a, b = ({str(i): [score] for i in range(40)} for score in (1.0, 0.0))
+    assert paired_test(a, b, resamples=100).p_value == pytest.approx(1 / 101, abs=EXACT)
+
+
 def test_sign_flips_against_all_patterns() -> None:
     rng = random.Random(4)
     for _ in range(20):

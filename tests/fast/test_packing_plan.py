@@ -87,6 +87,12 @@ def test_balance_by_hand() -> None:
     assert sorted(loads) == [11, 12]
 
 
+def test_exchanges_end_where_none_helps() -> None:
+    """Longest first deals 11 9 1 and 11 7 6; one swap makes 22 and 23 of them, the best."""
+    costs = [11.0, 6.0, 11.0, 9.0, 1.0, 7.0]
+    assert sorted(sum(costs[i] for i in share) for share in balance(costs, 2)) == [22.0, 23.0]
+
+
 def test_balance_is_even_on_response_lengths() -> None:
     draw = random.Random(1)
     costs = [draw.lognormvariate(8, 1) for _ in range(2048)]
