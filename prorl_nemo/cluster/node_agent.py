@@ -17,7 +17,6 @@ import secrets
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -114,7 +113,6 @@ def main() -> int:
     except UserError as error:
         _say(f"error: {error}")
         return NODE_REFUSED
-    tempfile.tempdir = str(arguments.temporary)  # What the probes try is removed with it.
     adopt_orphans()
     signal.signal(signal.SIGHUP, _hang_up)
     agent = _Head if settings.node == 0 else _Other
