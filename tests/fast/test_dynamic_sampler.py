@@ -280,17 +280,18 @@ class PickyFleet(SimulatedFleet):
 def test_prompts_the_engine_cannot_serve_are_dropped_with_an_event() -> None:
     world = World(keep_rate=0.9)
     events: list[tuple[str, dict[str, Any]]] = []
+    running: list[str] = []
     fleet = PickyFleet(world, 2, slots=64)
-    sampler = DynamicSampler(
-        fleet,
-        SimulatedGrader(),
-        SimulatedPrompts(),
-        SEED,
-        on_event=lambda name, details: events.append((name, details)),
-    )
+
+    def note(name: str, details: dict[str, Any]) -> None:
+        events.append((name, details))
+        running.extend(g.prompt.prompt_id for g, _ in sampler._collector._generating.values())
+
+    sampler = DynamicSampler(fleet, SimulatedGrader(), SimulatedPrompts(), SEED, on_event=note)
     batch = sampler.sample_batch(8, SAMPLING)
     assert batch.dropped == ["3", "4"]
-    assert fleet.poll(1.0) == []  # The other samples of those prompts were stopped.
+    # The other samples of a dropped prompt are stopped with it.
+    assert running and not {"3"} & set(running)
     assert [i for i in walk(world, 0, 10)[0] if i not in "34"][:8] == prompt_ids(batch)
     assert events == [
         ("prompt_dropped", {"prompt_id": i, "reason": "too long"}) for i in ("3", "4")
