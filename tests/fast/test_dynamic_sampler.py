@@ -526,6 +526,45 @@ def test_a_continued_sample_is_of_the_policy_that_began_it() -> None:
     assert seen > 10
 
 
+class SlowGrader:
+    """Gives no verdict."""
+
+    def __init__(self) -> None:
+        self.futures: list[Future[Any]] = []
+
+    def submit(self, request_id: str, grading: dict[str, Any], text: str) -> Future[Any]:
+        self.futures.append(Future())
+        return self.futures[-1]
+
+
+def test_an_abandoned_group_is_graded_no_further() -> None:
+    grader = SlowGrader()
+    collector = GroupCollector(SimulatedFleet(World(), 1, slots=64), grader, SEED)
+    groups = collector.launch([SimulatedPrompts().draw()], SAMPLING)
+    while len(grader.futures) < 3:
+        collector.advance()
+    wasted = collector.abandon(groups)
+    assert all(future.cancelled() for future in grader.futures)
+    assert collector.running == 0 and not collector._grading
+    assert wasted >= groups[0].tokens > 0
+
+
+class DeadFleet(SimulatedFleet):
+    """Its engines die when they are asked for what they have got so far."""
+
+    def interrupt(self, request_ids: Sequence[str]) -> list[GenerationResult]:
+        super().interrupt(request_ids)
+        return []
+
+
+def test_what_a_dead_engine_was_to_continue_is_not_lost() -> None:
+    collector = GroupCollector(DeadFleet(World(), 1, slots=64), SlowGrader(), SEED)
+    begun = Sample(2, [5, 6], [-0.5, -0.25], "interrupted", "", 1, 0)
+    (group,) = collector.launch([SimulatedPrompts().draw()], SAMPLING, {("0", 0): [begun]})
+    collector.suspend([group])
+    assert group.samples == [begun] and collector.running == 0
+
+
 def test_a_new_stage_starts_without_what_was_carried_over() -> None:
     sampler, fleet, _ = sampler_in(World(), engines=8, carry_over=True)
     while not sampler.state_dict()["carried"]:
