@@ -1,10 +1,11 @@
 """A policy update on its way into the engines: seconds, against what it cannot go below.
 
 Trainer ranks -> memory file -> engines, for float32 and bfloat16, one and two trainer ranks (tensor
-parallel), one and two engines, and an engine of two workers. Beside it, for the same tensors:
-vLLM's own `reload_weights` inside as many processes at once as there are engines, which is what the
-engines have to do in any case, and a plain copy of the same bytes. Update and reload take turns, so
-that both meet the machine in the same mood; least and median of the repeats.
+parallel), one and two engines, and an engine of three workers (the model has nine heads). Beside
+it, for the same tensors: vLLM's own `reload_weights` inside as many processes at once as there are
+engines, which is what the engines have to do in any case, and a plain copy of the same bytes.
+Update and reload take turns, so that both meet the machine in the same mood; least and median of
+the repeats.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from prorl_nemo.rollout.fleet import Fleet
 from prorl_nemo.training.session import start_ray
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
-CASES = (*itertools.product(("bf16", "fp32"), (1, 2), (1, 2), (1,)), ("bf16", 1, 1, 2))
+CASES = (*itertools.product(("bf16", "fp32"), (1, 2), (1, 2), (1,)), ("bf16", 1, 1, 3))
 """(precision, trainer ranks, engines, workers of an engine)."""
 
 REPEATS = 15
