@@ -189,8 +189,9 @@ def test_tokenizer() -> None:
     assert pieces("What is sunlight") == ["What", " is", " sunlight"]
     assert pieces("oooox 12") == [*"oooox", " ", "1", "2"]
     assert "once" not in tokenizer.get_vocab()
-    small = make_tokenizer([sums, other], 267, 256)
-    assert len(small) == 267 and len(pieces(" sunlight", small)) > 1
+    # Four merges: enough for one word, which is the one that more of the problems have.
+    small = make_tokenizer([["omega"] * 3 + ["alpha"] * 97], 256 + 2 + 3 + 4, 256)
+    assert pieces("alpha", small) == ["alpha"] and pieces("omega", small) == [*"omega"]
     for text in ("What is 12 + 34?", "naïve 東京 \n\t 🙂 ١٢", "<answer>46</answer>"):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert tokenizer.decode(ids) == text
