@@ -170,7 +170,7 @@ def packing(sizes: Sizes) -> Iterator[Line]:
 
 
 def flex(sizes: Sizes) -> Iterator[Line]:
-    """The gradient of FlexAttention over whole rows against SDPA, tree by tree."""
+    """The gradient of FlexAttention over whole rows against SDPA in batches."""
     if _device() != "cuda":
         yield Line("FlexAttention", "no backward pass on CPU", None)
         return

@@ -9,12 +9,10 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import (
     RowParallelLinear,
@@ -25,17 +23,10 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from prorl_nemo.megatron.batched_attention import attend_in_batches
 from prorl_nemo.megatron.flex_row import row_attention
 from prorl_nemo.megatron.logprobs import product
-from prorl_nemo.megatron.packing import PackedRow, Tree
-
-# Below this many tokens a tree is one masked product: fewer, larger kernels beat
-# skipping the masked part. Above it each response is computed by itself.
-_ONE_PRODUCT_TOKENS = 768
-# From this many sequences on, and up to this much padding, a row is one padded product: short
-# sequences one by one cost more in calls than in products. Our choice.
-_MANY_SEQUENCES = 8
-_PADDED_SHARE = 2.0
+from prorl_nemo.megatron.packing import PackedRow
 
 
 class RMSNorm(nn.Module):
@@ -166,60 +157,8 @@ class PackedAttention(nn.Module):
         if self.flex:
             out = row_attention(q, k, v, self.scale, packed_seq_params)
         else:
-            out = self._tree_by_tree(q, k, v, packed_seq_params)
+            out = attend_in_batches(q, k, v, packed_seq_params, self.scale)
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
-
-    def _tree_by_tree(self, q: Tensor, k: Tensor, v: Tensor, row: PackedRow) -> Tensor:
-        """[1, heads, held tokens, dim] of the rank's queries."""
-        if k.shape[1] != q.shape[1]:
-            repeats = q.shape[1] // k.shape[1]
-            k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-        if len(row.pieces) == 1 and worth_padding(row.trees):
-            return attend_together(q, k, v, row.trees, self.scale)
-        parts = []
-        held = 0
-        for start, stop in row.pieces:
-            for tree in row.trees:
-                first, last = max(start, tree.start), min(stop, tree.start + tree.length)
-                if first >= last:
-                    continue
-                if len(tree.responses) > 1:
-                    parts.extend(self._shared_prompt(q, k, v, tree))
-                else:
-                    mine = q[:, :, held + first - start : held + last - start]
-                    seen = slice(tree.start, last)
-                    parts.append(self._causal(mine, k[:, :, seen], v[:, :, seen]))
-            held += stop - start
-        return torch.cat(parts, dim=2)
-
-    def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The queries are those of the last keys."""
-        before = k.shape[2] - q.shape[2]
-        if before == 0:
-            return self._attend(q, k, v)
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
-        return self._attend(q, k, v, mask.tril(before))
-
-    def _shared_prompt(self, q: Tensor, k: Tensor, v: Tensor, tree: Tree) -> list[Tensor]:
-        span = slice(tree.start, tree.start + tree.length)
-        if tree.length <= _ONE_PRODUCT_TOKENS:
-            mask = tree_mask(tree, q.device)
-            return [self._attend(q[:, :, span], k[:, :, span], v[:, :, span], mask)]
-        prompt = slice(tree.start, tree.start + tree.prompt)
-        parts = [self._attend(q[:, :, prompt], k[:, :, prompt], v[:, :, prompt])]
-        start = prompt.stop
-        for length in tree.responses:
-            own = slice(start, start + length)
-            seen_k = torch.cat((k[:, :, prompt], k[:, :, own]), dim=2)
-            seen_v = torch.cat((v[:, :, prompt], v[:, :, own]), dim=2)
-            parts.append(self._causal(q[:, :, own], seen_k, seen_v))
-            start += length
-        return parts
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale
-        )
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
@@ -242,52 +181,3 @@ def _gather_row(held: Tensor) -> Tensor:
     pieces = gathered.view(ranks, 2, -1, *held.shape[1:])
     front, back = pieces[:, 0], pieces[:, 1].flip(0)
     return torch.cat((front, back)).reshape(gathered.shape)
-
-
-def worth_padding(trees: Sequence[Tree]) -> bool:
-    """Whether a row is of many plain sequences of like lengths: then one product for all of them
-    is faster than one for each, though it computes some padding."""
-    if len(trees) < _MANY_SEQUENCES or any(len(tree.responses) > 1 for tree in trees):
-        return False
-    lengths = [tree.length for tree in trees]
-    return len(lengths) * max(lengths) <= _PADDED_SHARE * sum(lengths)
-
-
-def attend_together(
-    q: Tensor, k: Tensor, v: Tensor, trees: Sequence[Tree], scale: float | None
-) -> Tensor:
-    """Causal attention inside each plain sequence of a row, in one padded batch.
-
-    Padding stands behind a sequence's tokens, which look at none that come later.
-
-    Args:
-        q, k, v: [1, heads, tokens, dim], the sequences end to end.
-    """
-    longest, heads = max(tree.length for tree in trees), q.shape[1]
-    starts = torch.tensor([tree.start for tree in trees], device=q.device)[:, None]
-    lengths = torch.tensor([tree.length for tree in trees], device=q.device)[:, None]
-    places = torch.arange(longest, device=q.device)[None]
-    index = starts + torch.minimum(places, lengths - 1)
-    kept = (torch.arange(len(trees), device=q.device)[:, None] * longest + places)[places < lengths]
-
-    def batch(x: Tensor) -> Tensor:
-        """[sequences, heads, longest, dim]"""
-        # An embedding's backward adds rows in parallel, that of plain indexing one by one.
-        tokens = x[0].transpose(0, 1).flatten(1)
-        return F.embedding(index, tokens).unflatten(-1, (heads, -1)).transpose(1, 2)
-
-    out = F.scaled_dot_product_attention(batch(q), batch(k), batch(v), is_causal=True, scale=scale)
-    whole = F.embedding(kept, out.transpose(1, 2).flatten(2).flatten(0, 1))
-    return whole.unflatten(-1, (heads, -1)).transpose(0, 1)[None]
-
-
-@functools.lru_cache(maxsize=512)
-def tree_mask(tree: Tree, device: torch.device | str = "cpu") -> Tensor:
-    """[length, length] bool, True where a token may look: prompt and own response, causally."""
-    branch = torch.zeros(tree.length, dtype=torch.int64, device=device)
-    start = tree.prompt
-    for number, length in enumerate(tree.responses, start=1):
-        branch[start : start + length] = number
-        start += length
-    visible = (branch[None, :] == 0) | (branch[:, None] == branch[None, :])
-    return visible & torch.ones_like(visible).tril()

@@ -1,8 +1,8 @@
 """Bytes one packed row takes on one GPU: what autograd saves of it, and the backward pass.
 
-Counted tensor by tensor from `megatron/layers.py`, Megatron's unfused MLP and
-`megatron/logprobs.py`, in the manner of Korthikanti et al. (arXiv 2205.05198), whose formula is for
-other layers. The row is the largest a recipe can make: full of the longest responses.
+Counted tensor by tensor from `layers.py`, `batched_attention.py` and `logprobs.py` in `megatron/`
+and Megatron's unfused MLP, in the manner of Korthikanti et al. (arXiv 2205.05198), whose formula is
+for other layers. The row is the largest a recipe can make: full of the longest responses.
 """
 
 from __future__ import annotations
@@ -13,11 +13,9 @@ from prorl_nemo.megatron.layout import ModelSpec, padded_groups, padded_vocab
 from prorl_nemo.megatron.precision import row_multiple
 from prorl_nemo.recipe import Policy
 
-# The head's blocks of logits (megatron/logprobs.py), and trees computed as one masked product
-# (megatron/layers.py). Those modules import torch; a test holds the figures equal.
+# The head's blocks of logits. megatron/logprobs.py imports torch; a test holds the figures equal.
 BLOCK_ELEMENTS = 16 * 1024 * 1024
 BLOCK_TOKENS = 8192
-ONE_PRODUCT_TOKENS = 768
 FP32 = 4
 
 
@@ -101,37 +99,29 @@ class Sizes:
 def attention_saved(spec: ModelSpec, policy: Policy, row: Row) -> int:
     """Bytes core attention saves in one layer for its backward pass, rotation included.
 
-    Without `policy.attention: flex` keys and values are repeated for every query head. A response
-    behind a shared prompt, and the piece of a row that a context-parallel rank holds, attends under
-    a mask, of which torch saves a copy in the layers' type: [queries, keys] of each response.
+    With `policy.attention: sdpa` queries, keys and values are copied into batches
+    (megatron/batched_attention.py), where each query head has its own keys, and each response
+    those of its prompt. A response behind a shared prompt, and the piece of a row that a
+    context-parallel rank holds, attends under a mask, of which torch saves a copy in the layers'
+    type: [queries, keys] of each response.
     """
     s, w = Sizes.of(spec, policy, row), width(policy.precision)
-    context = policy.context_parallel
-    repeated = _repeats(policy, s)
-    if repeated:
-        keys_values = 2 * s.keys * s.query
-    elif context > 1:
-        keys_values = 2 * s.keys * s.group
-    else:  # The values are a view of the whole product of queries, keys and values.
-        keys_values = s.tokens * (s.group + s.query + 2 * s.group)
     pairs = 0
     if policy.attention == "sdpa":
-        if context > 1:
-            pairs = s.tokens * (row.tokens + s.tokens // 2) // 2
+        places = s.keys
+        if policy.context_parallel > 1:
+            # The rank's two pieces: together they see the row and half a share more.
+            places += s.tokens // 2
+            pairs = s.tokens * places // 2
         elif row.shared and len(row.responses) > 1:
-            behind = sum(n + row.prompt for n in row.responses)
-            keys_values += 2 * behind * (s.query if repeated else s.group)
+            places = row.prompt + sum(n + row.prompt for n in row.responses)
             pairs = sum(n * (n + row.prompt) for n in row.responses)
-        elif row.shared and row.response < ONE_PRODUCT_TOKENS:
-            pairs = row.tokens * ONE_PRODUCT_TOKENS
+        keys_values = 2 * places * s.query
+    else:  # The values are a view of the whole product of queries, keys and values.
+        keys_values = s.tokens * (s.group + s.query + 2 * s.group)
     rotation = 2 * FP32 * s.tokens * spec.head_dim  # Sines and cosines, twice.
     outputs = w * s.tokens * s.query + FP32 * s.tokens * s.heads
     return w * (s.tokens * s.query + keys_values + pairs) + rotation + outputs
-
-
-def _repeats(policy: Policy, s: Sizes) -> bool:
-    """Whether keys and values are repeated for every query head."""
-    return policy.attention == "sdpa" and s.heads > s.groups
 
 
 def _copied(s: Sizes) -> bool:
@@ -163,7 +153,7 @@ def layer_saved(spec: ModelSpec, policy: Policy, row: Row, recompute: str) -> in
     if spec.qk_norm:  # As the other norms, but the results go on to core attention.
         channels = s.query + s.group
         if w == FP32:  # Nothing is widened: the keys are a view of the product.
-            held = recompute == "selective" or not _repeats(policy, s)
+            held = recompute == "selective" or policy.attention == "flex"
             channels = s.query * _copied(s) + (0 if held else qkv // (w * s.tokens))
         heads = FP32 * s.tokens * (channels + s.heads + s.groups)
         heads += w * s.tokens * (s.query + s.group)

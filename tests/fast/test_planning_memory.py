@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -118,25 +119,34 @@ class ReferenceLayer(nn.Module):
         spec = self.spec
         positions = torch.arange(q.shape[0]).float()
         q, k = (self.rotate(x, positions) for x in (q, k))
-        q, k, v = (x[:, None].permute(1, 2, 0, 3) for x in (q, k, v))
-        if spec.heads > spec.groups:
-            repeats = spec.heads // spec.groups
-            k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-        behind = self.row.responses
-        if self.row.shared and len(behind) > 1:
-            prompt = self.row.prompt
-            first = slice(0, prompt)
-            parts = [self.attend(q[:, :, first], k[:, :, first], v[:, :, first], None)]
-            start = prompt
-            for length in behind:
-                own = slice(start, start + length)
-                keys, values = (torch.cat((x[:, :, first], x[:, :, own]), 2) for x in (k, v))
-                mask = torch.ones(length, prompt + length, dtype=torch.bool).tril(prompt)
-                parts.append(self.attend(q[:, :, own], keys, values, mask))
-                start += length
-        else:
-            parts = [self.attend(q, k, v, None)]
-        return torch.cat(parts, 2).permute(2, 0, 1, 3).reshape(q.shape[2], -1)
+        parts = []
+        for queries, keys in self.stretches():
+            # [tokens, heads, dim] of these tokens, copied, to [1, heads, tokens, dim].
+            each = [x.index_select(0, i) for x, i in ((q, queries), (k, keys), (v, keys))]
+            each[1:] = (x.repeat_interleave(spec.heads // spec.groups, 1) for x in each[1:])
+            before = len(keys) - len(queries)
+            mask = torch.ones(len(queries), len(keys), dtype=torch.bool).tril(before)
+            parts.append(
+                F.scaled_dot_product_attention(
+                    *(x[None].transpose(1, 2) for x in each),
+                    attn_mask=mask if before else None,
+                    is_causal=not before,
+                )
+            )
+        return torch.cat(parts, 2).transpose(1, 2)[0].flatten(1)
+
+    def stretches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(queries, keys) of the prompt and of each response; of the row where it is one."""
+        behind, prompt = self.row.responses, torch.arange(self.row.prompt)
+        if not self.row.shared or len(behind) == 1:
+            yield torch.arange(self.row.tokens), torch.arange(self.row.tokens)
+            return
+        yield prompt, prompt
+        start = len(prompt)
+        for length in behind:
+            own = torch.arange(start, start + length)
+            yield own, torch.cat((prompt, own))
+            start += length
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         dim = self.spec.head_dim
@@ -144,9 +154,6 @@ class ReferenceLayer(nn.Module):
         cos, sin = angles.cos()[:, None], angles.sin()[:, None]
         a, b = x.float().chunk(2, -1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.recompute == "full":

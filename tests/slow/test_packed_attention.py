@@ -1,4 +1,4 @@
-"""Attention over a packed row, tree by tree and as one block-sparse kernel, against sequences.
+"""Attention over a packed row, in batches and as one block-sparse kernel, against sequences.
 
 On CPU torch has FlexAttention's forward pass only; `tools/gpu_check.sh` compares gradients.
 """
@@ -19,8 +19,8 @@ SHAPES = [(5, (3, 1, 7)), (4, (6,)), (1, (1,)), (300, (250, 2, 400))]
 
 def attend(rank: int, world_size: int, address: str, flex: bool) -> float:
     """Largest deviation from each response attended to alone, with its prompt."""
+    from prorl_nemo.megatron.batched_attention import attend_in_batches
     from prorl_nemo.megatron.flex_row import row_attention
-    from prorl_nemo.megatron.layers import PackedAttention
     from prorl_nemo.megatron.packing import build_row
     from prorl_nemo.megatron.packing_plan import TrainingItem
 
@@ -37,10 +37,7 @@ def attend(rank: int, world_size: int, address: str, flex: bool) -> float:
         with torch.no_grad():
             found = row_attention(q, k, v, scale, row)
     else:
-        attention = PackedAttention.__new__(PackedAttention)
-        torch.nn.Module.__init__(attention)
-        attention.scale = scale
-        found = attention._tree_by_tree(q, k, v, row)
+        found = attend_in_batches(q, k, v, row, scale)
 
     worst, start = 0.0, 0
     for prompt, responses in SHAPES:
@@ -68,7 +65,7 @@ def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> to
     return out
 
 
-@pytest.mark.parametrize("flex", [False, True], ids=["tree by tree", "one kernel"])
+@pytest.mark.parametrize("flex", [False, True], ids=["batches", "one kernel"])
 def test_each_response_sees_its_prompt_and_itself(flex: bool) -> None:
     (worst,) = run_ranks(attend, 1, flex)
     assert not math.isnan(worst)
