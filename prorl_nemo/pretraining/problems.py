@@ -131,21 +131,23 @@ def _problem(task: str, entry: dict[str, Any], settings: Pretraining) -> Problem
     return Problem(task, question, before + in_answer_tags(entry["answer"]))
 
 
-def step_of(count: int, size: int, step: int, seed: int) -> list[int]:
-    """The problems of a step (from 1): all of them once an epoch, each epoch in a new order.
+def step_of(counts: Sequence[int], size: int, step: int, seed: int) -> list[int]:
+    """The problems of a step (from 1): tasks in turn, so each has the same share.
 
-    A pure function of its arguments, so a resumed run needs nothing but its step.
+    A task's problems come all of them once an epoch of that task, each epoch in a new order. A
+    pure function of its arguments, so a resumed run needs nothing but its step.
 
     Args:
-        count: problems there are.
+        counts: problems of each task; they are numbered through, task by task.
         size: problems of a step.
     """
-    first = (step - 1) * size
-    orders: dict[int, Sequence[int]] = {}
+    orders: dict[tuple[int, int], Sequence[int]] = {}
     chosen = []
-    for place in range(first, first + size):
-        epoch, position = divmod(place, count)
-        if epoch not in orders:
-            orders[epoch] = random.Random(f"{seed}/{epoch}").sample(range(count), count)
-        chosen.append(orders[epoch][position])
+    for place in range((step - 1) * size, step * size):
+        turn, task = divmod(place, len(counts))
+        epoch, position = divmod(turn, counts[task])
+        if (task, epoch) not in orders:
+            shuffled = random.Random(f"{seed}/{task}/{epoch}")
+            orders[task, epoch] = shuffled.sample(range(counts[task]), counts[task])
+        chosen.append(sum(counts[:task]) + orders[task, epoch][position])
     return chosen

@@ -12,6 +12,7 @@ import itertools
 import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -148,6 +149,8 @@ class _Run:
         self.checkpoints, self.console = checkpoints, console
         self.encoder = Encoder(first, settings.shape.max_positions)
         self.train = train
+        # In the order of the recipe's tasks, as `load_problems` gives them.
+        self.counts = list(Counter(problem.task for problem in train).values())
         self.exam = self._usable(exam)
         self.step = 0
 
@@ -204,7 +207,7 @@ class _Run:
             decay_steps=optimizer.decay_steps,
             floor=optimizer.min_learning_rate,
         )
-        chosen = step_of(len(self.train), settings.problems_per_step, self.step, settings.seed)
+        chosen = step_of(self.counts, settings.problems_per_step, self.step, settings.seed)
         # Encoded as they are needed: all of them at once would take as long as a minute of steps.
         usable = self._usable([self.train[index] for index in chosen])
         batch = batch_of([encoded for _, encoded in usable], settings.loss_on)

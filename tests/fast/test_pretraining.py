@@ -162,14 +162,26 @@ def test_tasks_that_cannot_be_used(task: dict[str, Any], message: str, tmp_path:
 
 
 def test_each_epoch_has_every_problem_once() -> None:
-    seen = [index for step in range(1, 8) for index in step_of(count=14, size=4, step=step, seed=3)]
+    seen = [i for step in range(1, 8) for i in step_of(counts=[14], size=4, step=step, seed=3)]
     assert sorted(seen[:14]) == sorted(seen[14:]) == list(range(14))
     assert seen[:14] != seen[14:]
     # A step depends on nothing before it, and on the seed.
-    assert step_of(14, 4, 5, 3) == seen[16:20]
-    assert step_of(14, 4, 5, 4) != seen[16:20]
+    assert step_of([14], 4, 5, 3) == seen[16:20]
+    assert step_of([14], 4, 5, 4) != seen[16:20]
     # More problems a step than there are: some come twice.
-    assert Counter(step_of(3, 7, 1, 0)) == Counter([0, 1, 2] * 2 + step_of(3, 7, 1, 0)[6:])
+    assert Counter(step_of([3], 7, 1, 0)) == Counter([0, 1, 2] * 2 + step_of([3], 7, 1, 0)[6:])
+
+
+def test_tasks_have_equal_shares_whatever_they_have_of_problems() -> None:
+    steps = [step_of([2, 5, 3], 4, step, 0) for step in range(1, 16)]
+    seen = [i for step in steps for i in step]
+    of_task = [[i for i in seen if i in range(*span)] for span in ((0, 2), (2, 7), (7, 10))]
+    assert [len(found) for found in of_task] == [20, 20, 20]
+    # Epochs of each task's own.
+    assert [sorted(set(found[:n])) for found, n in zip(of_task, (2, 5, 3), strict=True)] == [
+        [0, 1], [2, 3, 4, 5, 6], [7, 8, 9],
+    ]  # fmt: skip
+    assert Counter(of_task[0]) == {0: 10, 1: 10}
 
 
 # ---- tokenizer and model
