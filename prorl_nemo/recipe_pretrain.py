@@ -88,7 +88,9 @@ class Pretraining(Section):
     faults: Faults = Faults()
     tasks: list[WorkedTask] = Field(min_length=1, description="One entry for each task.")
     steps: Positive = Field(description="Optimizer updates.")
-    problems_per_step: Positive = Field(128, description="Problems of each update.")
+    problems_per_step: Positive = Field(
+        128, description="Problems of each update: tasks take turns, so each has the same share."
+    )
     worked_share: float = Field(
         0.5,
         ge=0,

@@ -16,8 +16,10 @@ import functools
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from prorl_nemo.megatron.packing import PackedRow, Tree
@@ -116,10 +118,10 @@ def attend_in_batches(
     keys = gathered(k, plan.key_index, key_sizes)
     values = gathered(v, plan.key_index, key_sizes)
     parts = []
-    for batch, *qkv in zip(plan.batches, queries, keys, values, strict=True):
+    for batch, query, key, value in zip(plan.batches, queries, keys, values, strict=True):
         mask = _mask(batch) if batch.before.any() else None
         out = F.scaled_dot_product_attention(
-            *qkv, attn_mask=mask, is_causal=mask is None, scale=scale
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale
         )
         parts.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
     whole = F.embedding(plan.places, torch.cat(parts))
@@ -156,14 +158,12 @@ def layout(
         for s in group:
             query_index.append(_padded([(s.held, s.held + s.queries)], queries))
             key_index.append(_padded([s.prompt, s.own], keys))
-    index = torch.cat(query_index)
-    # The first place of a token; where its stretch is padded with it there are more.
-    order = index.argsort(stable=True)
-    first = torch.ones_like(order, dtype=torch.bool)
-    first[1:] = index[order][1:] != index[order][:-1]
-    places = order[first]
+    index = np.concatenate(query_index)
+    # Where a stretch is padded with its last token, that token has several places: the first.
+    places = np.unique(index, return_index=True)[1]
     return Layout(
-        tuple(batches), index.to(device), torch.cat(key_index).to(device), places.to(device)
+        tuple(batches),
+        *(torch.from_numpy(x).to(device) for x in (index, np.concatenate(key_index), places)),
     )
 
 
@@ -206,7 +206,9 @@ def _joins(stretch: Stretch, longest: Stretch) -> bool:
     return stretch.keys >= min(_FILLED_SHARE * longest.keys, longest.keys - _FEW_TOKENS)
 
 
-def _padded(ranges: Iterable[tuple[int, int]], length: int) -> Tensor:
+def _padded(ranges: Iterable[tuple[int, int]], length: int) -> NDArray[np.int64]:
     """The ranges' numbers, and the last of them until there are `length`."""
-    numbers = torch.cat([torch.arange(start, stop) for start, stop in ranges])
-    return F.pad(numbers[None], (0, length - len(numbers)), mode="replicate")[0]
+    numbers = np.concatenate([np.arange(start, stop) for start, stop in ranges])
+    padded = np.full(length, numbers[-1])
+    padded[: len(numbers)] = numbers
+    return padded
