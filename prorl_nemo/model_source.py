@@ -18,9 +18,6 @@ from safetensors import SafetensorError, safe_open
 
 from prorl_nemo import smollm2, tiny_arithmetic
 from prorl_nemo.errors import ModelError
-from prorl_nemo.tiny_model import tiny_model
-
-__all__ = ["check_model_folder", "resolve_model", "tiny_model"]
 
 EXPORT_RECORD = "prorl_export.json"
 """In a folder that `prorl export` wrote: of which run, step and checkpoint it is."""

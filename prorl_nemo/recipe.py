@@ -105,8 +105,8 @@ class Policy(Section):
     )
     attention: Literal["sdpa", "flex"] = Field(
         "sdpa",
-        description="sdpa: a product for each prompt and response. flex: one block-sparse kernel "
-        "for a row, on GPUs only, without context_parallel.",
+        description="sdpa: prompts and responses of like lengths in padded batches. flex: one "
+        "block-sparse kernel for a row, on GPUs only, without context_parallel.",
     )
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="Activation recomputation of Megatron-Core."

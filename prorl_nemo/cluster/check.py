@@ -31,7 +31,8 @@ def check_cluster(recipe: Recipe, console: Console) -> bool:
     nodes = cluster_nodes()
     with canary(recipe.run_dir.parent) as file:
         seen = answering([node.id for node in nodes], [str(file)])
-    assign([node for node in nodes if node.id in seen], recipe.policy, recipe.rollout.engines)
+    rollout, answered = recipe.rollout, [node for node in nodes if node.id in seen]
+    assign(answered, recipe.policy, rollout.engines, rollout.tensor_parallel)
     found = [
         f"{node.host}: runs no task; is its Ray alive?" for node in nodes if node.id not in seen
     ]
@@ -40,7 +41,6 @@ def check_cluster(recipe: Recipe, console: Console) -> bool:
         for node in nodes
         if seen.get(node.id)
     ]
-    answered = [node for node in nodes if node.id in seen]
     probes = _probes(answered, recipe.grading.sandbox)
     code = any(source.domain == "code" for source in recipe.data.sources)
     needs = Needs(gpus=max(node.gpus for node in nodes), disk=GIB, memory=GIB, sandbox=code)

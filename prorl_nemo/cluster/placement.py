@@ -216,9 +216,6 @@ class Placement:
         if lost:
             raise NodeLost(f"lost node {', '.join(sorted(self._hosts[node] for node in lost))}")
 
-    def release(self) -> None:
-        remove_placement_group(self._group)
-
     def _options(self, bundle: int) -> dict[str, Any]:
         strategy = PlacementGroupSchedulingStrategy(self._group, bundle)
         return {

@@ -293,9 +293,6 @@ class PolicyGroup:
 
         return finish
 
-    def save(self, folder: Path) -> None:
-        self.begin_save(folder)()
-
     def load_reference(self, folder: Path) -> None:
         """The reference becomes the policy of another checkpoint."""
         self._call("load_reference", folder)

@@ -95,7 +95,8 @@ class FleetGenerator:
         gpus = self._gpus()
         options, precision = self._options, self._precision()
         split = options.tensor_parallel
-        _check_split(self.folder, split)
+        if split > 1:
+            _check_split(self.folder, split)
         count = options.engines or max(1, gpus // split)
         if gpus and count * split > gpus:
             each = "a GPU" if split == 1 else f"{split} GPUs"

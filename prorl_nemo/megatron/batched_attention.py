@@ -1,6 +1,7 @@
-"""Attention of a packed row in few padded batches: torch SDPA, for CPU.
+"""Attention of a packed row in few padded batches: torch SDPA, on CPU and GPU.
 
-(A GPU computes a row in one kernel, flex_row.py; FlexAttention has no backward pass on CPU.)
+The default on both. `policy.attention: flex` takes one kernel for a whole row in its place, on GPUs
+alone (flex_row.py): torch has no backward pass of FlexAttention on CPU.
 
 A stretch is a run of tokens that look at the same tokens before them: a plain sequence, a shared
 prompt, or one response behind its prompt. Each is a product of its own, so nothing that a mask

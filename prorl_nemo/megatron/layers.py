@@ -1,8 +1,9 @@
-"""Layers that take the place of Transformer Engine's where it is absent.
+"""Layers in the place of Megatron's own, with and without Transformer Engine.
 
 * `RMSNorm`: Megatron's local norm refuses sequence parallelism; this one marks
   its weight for the gradient all-reduce that sequence parallelism needs.
-* `PackedAttention`: rotary positions and core attention on torch SDPA over packed rows.
+* `PackedAttention`: rotary positions and core attention over packed rows, by torch's SDPA in padded
+  batches (batched_attention.py) or by FlexAttention (flex_row.py).
 * `add_to_residual`, `WideRowParallelLinear`, `FinalNorm`: a residual stream that really is kept in
   fp32, from the first layer to the logits.
 """

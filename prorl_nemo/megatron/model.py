@@ -12,6 +12,10 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -231,11 +235,6 @@ def _build_chunk(
 
 
 def _block_spec(spec: ModelSpec, policy: Policy, config: TransformerConfig, stage: int) -> Any:
-    from megatron.core.transformer.transformer_block import (
-        TransformerBlockSubmodules,
-        get_num_layers_to_build,
-    )
-
     layers = get_num_layers_to_build(config, vp_stage=stage)
     layer = layer_spec(spec, policy)
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=FinalNorm)

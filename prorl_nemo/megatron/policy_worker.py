@@ -297,9 +297,11 @@ class PolicyWorker:
             here.copy_(kept)
             kept.copy_(policy)
 
+    @torch.no_grad()
     def reset_reference(self) -> None:
         """The reference becomes the current policy. The optimizer is not touched."""
-        _copy(self._parameters(), self.reference)
+        for here, kept in zip(self._parameters(), self.reference, strict=True):
+            kept.copy_(here)
 
     def clear_optimizer(self) -> None:
         """Forget Adam's moments and step count (the rule of ProRL v1)."""
@@ -403,9 +405,3 @@ def _on_host(tensor: Tensor) -> Tensor:
     """A copy in host memory, pinned where that makes its way to the device faster."""
     copied = tensor.detach().to("cpu", copy=True)
     return copied.pin_memory() if tensor.is_cuda else copied
-
-
-def _copy(source: Any, target: Any) -> None:
-    with torch.no_grad():
-        for a, b in zip(source, target, strict=True):
-            b.copy_(a)

@@ -33,8 +33,8 @@ CONTROLLER_SECONDS = 0.25e-3
 """Of one core for a response: request, result, grading handed over, filter. Measured with imagined
 engines, 9,712 responses on 64 of them; Ray's messages are not in it."""
 GRADING_SECONDS = 0.026
-"""Core-seconds of a response: 24 of ProRL's 136 thousand prompts are code, 130 ms with 50 tests,
-the rest 4 ms (docs/performance.md)."""
+"""Core-seconds of a response: 24 of ProRL's 136 thousand prompts are code, 130 ms with 50 tests
+on a machine that is busy (87 ms on an idle one), the rest 4 ms (docs/performance.md)."""
 GRADERS = 48
 """Half of the cores of the controller's node."""
 FLEETS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -122,7 +122,8 @@ def simulate(
         layout = _largest_layout(recipe, gpu_name, gpus, assumed)
         if layout is None or layout.time is None:
             continue
-        seconds, first = simulate_generation(generation, gpus // engine.gpus, places, token_seconds)
+        engines = gpus // engine.gpus
+        seconds, first = simulate_generation(generation, engines, places, token_seconds)
         responses = generation.prompts * generation.samples
         serial = responses * max(CONTROLLER_SECONDS, GRADING_SECONDS / GRADERS)
         nodes = max(1, gpus // GPUS_PER_NODE)
@@ -132,7 +133,7 @@ def simulate(
         held_out = work.validation
         validation = 0.0
         if held_out is not None:
-            per_validation = simulate_generation(held_out, gpus, places, token_seconds)[0]
+            per_validation = simulate_generation(held_out, engines, places, token_seconds)[0]
             validation = work.validation_share * per_validation
         found.append(
             Step(

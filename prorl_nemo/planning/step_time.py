@@ -21,7 +21,8 @@ from prorl_nemo.recipe import Policy
 # written and read. Our choice.
 _PASSES_TRAIN, _PASSES_FORWARD = 5.0, 2.0
 HOST_TRANSFER = 0.5e9
-"""Bytes a second of weights through host memory: 269 MB in 0.52 s (docs/performance.md)."""
+"""Bytes a second of weights through host memory: 269 MB in 0.56 s, the slowest in bf16 of
+docs/performance.md."""
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,13 @@ class DynamicSampler:
                 self._collector.advance()
                 done = sum(group.complete for group in pending)
                 self._on_progress(
-                    Progress(done, 0, len(pending), 0, len(pending), self._collector.running)
+                    Progress(
+                        kept=done,
+                        certain=0,
+                        wanted=len(pending),
+                        rejected=0,
+                        samples_running=self._collector.running,
+                    )
                 )
         except BaseException:
             self._collector.abandon(pending)

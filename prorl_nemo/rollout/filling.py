@@ -80,7 +80,6 @@ class Progress:
     certain: int
     wanted: int
     rejected: int
-    in_flight: int
     samples_running: int
 
 
@@ -191,7 +190,6 @@ class Filling:
             certain=self.certain,
             wanted=self.wanted,
             rejected=self.batch.rejected,
-            in_flight=len(self.window),
             samples_running=samples_running,
         )
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping
 
-from prorl_nemo.study.analysis import around, curve, difference, estimate, series, verdict
+from prorl_nemo.study.analysis import (
+    around,
+    curve,
+    difference,
+    estimate,
+    intervals,
+    series,
+    verdict,
+)
 from prorl_nemo.study.blocks import Block, Figure, Heading, Table, Text
 from prorl_nemo.study.forest import draw_forest
 from prorl_nemo.study.main_run import NEVER, PASS, SCORE
@@ -14,7 +22,7 @@ from prorl_nemo.study.plan import MAIN, Study
 from prorl_nemo.study.results import Runs
 
 _LENGTH = "response_tokens_mean"
-_COLUMNS = ((SCORE, "mean"), (PASS, "pass@n"), (f"{NEVER}{SCORE}", "unseen"), (_LENGTH, "tokens"))
+_COLUMNS = (SCORE, PASS, f"{NEVER}{SCORE}", _LENGTH)
 
 
 def ablation_blocks(study: Study, found: Mapping[str, Runs]) -> list[Block]:
@@ -30,25 +38,25 @@ def ablation_blocks(study: Study, found: Mapping[str, Runs]) -> list[Block]:
         return []
     forest, panels, verdicts = [], [], []
     rows = [_row(MAIN, "All of it", main, {}, step)]
-    base = [(at, mean) for at, mean, _ in curve(list(main.values()), SCORE, last=step)]
+    base = [(at, value.mean) for at, value in curve(list(main.values()), SCORE, last=step)]
     for variant in variants:
         runs = reached[variant.name]
         rows.append(_row(variant.name, variant.question, runs, main, step))
-        points = [(at, mean) for at, mean, _ in curve(list(runs.values()), SCORE, last=step)]
+        points = [(at, value.mean) for at, value in curve(list(runs.values()), SCORE, last=step)]
         panels.append(Panel(variant.name, [Curve(base, 0), Curve(points, 1)]))
         apart = difference(_at(runs, step, SCORE), _at(main, step, SCORE))
         if apart:
             forest.append((variant.name, apart))
             expected = variant.expected or ""
             verdicts.append([variant.name, expected, verdict(apart, variant.expected)])
-    title = f"Mean score at step {step:,} less the main run's, 95 % intervals over seeds"
+    title = f"Mean score at step {step:,} less the main run's{intervals([e for _, e in forest])}"
     compared: list[Block] = (
         [
             Figure("differences", draw_forest(forest, title), title),
             Table(["variant", "the paper expects its score", "verdict"], verdicts),
             Text(
-                f"With {len(forest)} intervals of 95 %, one in twenty misses by chance alone: a "
-                "single verdict is a reason to look, not a proof."
+                "One interval in twenty misses by chance alone: of so many variants a single "
+                "verdict is a reason to look, not a proof."
             ),
         ]
         if forest
@@ -56,7 +64,8 @@ def ablation_blocks(study: Study, found: Mapping[str, Runs]) -> list[Block]:
     )
     beside = "Mean score on trained tasks: main run (blue), variant (orange)"
     head = ["variant", "question", "seeds"]
-    for _, name in _COLUMNS:
+    k = next(iter(main.values()))["recipe"]["validation"]["samples"]
+    for name in ("mean", f"pass@{k}", "unseen, mean", "tokens"):
         head += [name, "less main"]
     head.append("seconds a step")
     return [
@@ -73,7 +82,7 @@ def ablation_blocks(study: Study, found: Mapping[str, Runs]) -> list[Block]:
 
 def _row(name: str, question: str, runs: Runs, main: Runs, step: int) -> list[str]:
     row = [name, question, str(len(runs))]
-    for key, _ in _COLUMNS:
+    for key in _COLUMNS:
         here = _at(runs, step, key)
         apart = difference(here, _at(main, step, key)) if main else None
         row += [str(estimate(list(here.values()))) if here else "", str(apart) if apart else ""]

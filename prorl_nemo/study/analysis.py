@@ -14,9 +14,9 @@ from typing import Any
 
 Result = Mapping[str, Any]
 
-# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond: the normal's.
+# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-_NORMAL95 = 1.960
+_NORMAL95 = 1.95996
 # Odds against chance at which a prompt counts as solved or lost beyond doubt.
 _BEYOND_CHANCE = 0.01
 # Validations averaged where single ones would compare noise.
@@ -47,10 +47,22 @@ def estimate(values: Sequence[float]) -> Estimate:
     mean = statistics.fmean(values)
     if len(values) == 1:
         return Estimate(mean, None, 1)
-    free = len(values) - 1
-    quantile = _T95[free - 1] if free <= len(_T95) else _NORMAL95
-    half = quantile * statistics.stdev(values) / math.sqrt(len(values))
+    half = _quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return Estimate(mean, half, len(values))
+
+
+def intervals(shown: Sequence[Estimate]) -> str:
+    """What a figure's title says of its intervals, if it has any."""
+    has = any(found.half_width is not None for found in shown)
+    return ", 95 % intervals over seeds" if has else ""
+
+
+def _quantile(free: int) -> float:
+    """Of Student's t; beyond the table by expansion in 1 / free, right to 0.003."""
+    if free <= len(_T95):
+        return _T95[free - 1]
+    z = _NORMAL95
+    return z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
 
 
 def difference(these: Mapping[int, float], those: Mapping[int, float]) -> Estimate | None:
@@ -86,25 +98,18 @@ def around(result: Result, step: int, key: str) -> float:
 
 def curve(
     results: Sequence[Result], key: str, source: str = "validation", last: int | None = None
-) -> list[tuple[int, float, float]]:
-    """(step, mean over runs, its standard error) where all runs have the figure, up to `last`.
-
-    With a single run the error is 0.
-    """
+) -> list[tuple[int, Estimate]]:
+    """(step, mean over runs) where all runs have the figure, up to `last`."""
     by_step: dict[int, list[float]] = {}
     for result in results:
         for step, value in series(result, key, source):
             if last is None or step <= last:
                 by_step.setdefault(step, []).append(value)
     return [
-        (step, statistics.fmean(v), _error(v))
-        for step, v in sorted(by_step.items())
-        if len(v) == len(results)
+        (step, estimate(values))
+        for step, values in sorted(by_step.items())
+        if len(values) == len(results)
     ]
-
-
-def _error(values: Sequence[float]) -> float:
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def write_markdown(folder: Path, name: str, blocks: Sequence[Block]) -> None:
     figures = {f"{block.name}.svg": block.svg for block in blocks if isinstance(block, Figure)}
     for file in folder.glob("*.svg"):
         if file.name not in figures:
-            file.unlink()
+            file.unlink(missing_ok=True)  # Processes that share a study write one page.
     for file_name, svg in figures.items():
         (folder / file_name).write_text(svg, encoding="utf-8")
     text = "\n".join(filter(None, map(_markdown, blocks)))

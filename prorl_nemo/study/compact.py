@@ -71,7 +71,6 @@ def compact(run_dir: Path, recipe: Recipe, **more: Any) -> dict[str, Any]:
     validation = [row for row in rows if row["kind"] == "validation"]
     if not train or not validation:
         raise UserError(f"{run_dir}: has no steps or no validation, so there is no result to keep")
-    steps = train[-1]["step"]
     for each in (train, validation):
         order = [row["step"] for row in each]
         if order != sorted(set(order)):
@@ -80,6 +79,9 @@ def compact(run_dir: Path, recipe: Recipe, **more: Any) -> dict[str, Any]:
                 "leaves; restore the file, or delete the folder to make the run again"
             )
     events = read_rows(run_dir / EVENTS)
+    # Without the row of its last step too, a finished run has all of its steps.
+    finished = [row["step"] for row in events if row["event"] == "finished"]
+    steps = max([train[-1]["step"], *finished])
     return {
         "format": FORMAT,
         "run": run_dir.name,

@@ -24,8 +24,8 @@ def draw_forest(rows: Sequence[tuple[str, Estimate]], title: str) -> str:
         return _LEFT + (value + 1.05 * reach) / (2.1 * reach) * (_RIGHT - _LEFT)
 
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {bottom + 36}" '
-        f'width="{_WIDTH}" height="{bottom + 36}" role="img" aria-label="{escape(title)}">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {bottom + 52}" '
+        f'width="{_WIDTH}" height="{bottom + 52}" role="img" aria-label="{escape(title)}">',
         f"<style>{STYLE}</style>",
         f'<text class="title" x="20" y="28">{escape(title)}</text>',
     ]
@@ -39,6 +39,10 @@ def draw_forest(rows: Sequence[tuple[str, Estimate]], title: str) -> str:
             f'<text x="{x(value):.1f}" y="{bottom + 20}" text-anchor="middle">'
             f"{value:{'+g' if value else 'g'}}</text>"
         )
+    parts.append(
+        f'<text x="{_LEFT}" y="{bottom + 40}">Green: above zero, red: below; '
+        "blue: the interval holds zero, or there is none</text>"
+    )
     for place, (name, found) in enumerate(rows):
         y = _TOP + _ROW * place + 4
         half = found.half_width or 0.0

@@ -7,7 +7,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from prorl_nemo.reporting.figure import draw
-from prorl_nemo.study.analysis import Estimate, around, curve, estimate, series, verdict
+from prorl_nemo.study.analysis import (
+    Estimate,
+    around,
+    curve,
+    estimate,
+    intervals,
+    series,
+    verdict,
+)
 from prorl_nemo.study.blocks import Block, Cards, Figure, Heading, Table, Text
 from prorl_nemo.study.forest import draw_forest
 from prorl_nemo.study.panels import Curve, Panel, draw_panels
@@ -24,6 +32,8 @@ _TRAINING = {
     "rollout/kept_share": "share of groups with signal",
     "rollout/truncated_share": "share of responses cut",
     "mismatch/mean_abs": "engine against trainer, nats",
+    "policy/clip_share_high": "share of tokens clipped above",
+    "policy/clip_share_low": "share of tokens clipped below",
     "policy/grad_norm": "gradient norm",
     "reward/raw_mean": "score on training prompts",
     "time/step": "seconds of a step",
@@ -36,8 +46,14 @@ def main_blocks(runs: Runs) -> list[Block]:
     last = min(result["steps"] for result in results)
     names = _names(results[0])
     seeds = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
-    curves = [(name, points) for key, name in names.items() if (points := curve(results, key))]
-    title = f"Validation, {seeds}, ± 2 standard errors over seeds"
+    points = {name: curve(results, key) for key, name in names.items()}
+    # `draw` doubles what it takes for a standard error.
+    curves = [
+        (name, [(step, found.mean, (found.half_width or 0.0) / 2) for step, found in of_name])
+        for name, of_name in points.items()
+        if of_name
+    ]
+    title = f"Validation, {seeds}{intervals([e for _, e in points[names[SCORE]]])}"
     blocks: list[Block] = [
         _cards(runs, names, last),
         Heading("The main run"),
@@ -45,22 +61,28 @@ def main_blocks(runs: Runs) -> list[Block]:
             f"{seeds}, {last:,} steps. Validation on held-out prompts: the mean score of their "
             "samples, and the share of prompts with a right one among them. *Unseen*: tasks that "
             "are never trained on. In tables a value is the mean of the last four validations up "
-            f"to its step. A validation has the response limit of its stage: {_limits(results[0])}."
+            "to its step, and at step 0 the only one. A validation has the response limit of its "
+            f"stage: {_limits(results[0])}."
         ),
         Figure("main", draw(curves, title), title),
         _by_step(runs, names, last),
         Heading("What the paper claims, and what was seen", 3),
         _claims(runs, last),
+        Text(f"Gain over the run: {_two_limits(results[0], 0, last)}"),
         Heading("Does it still rise late?", 3),
         Text(
-            f"Gain from step {_two_thirds(last):,} to step {last:,}, paired by seed. "
-            + _late_limits(results[0], last)
+            f"Gain from step {_two_thirds(last):,} to step {last:,}, paired by seed: "
+            + _two_limits(results[0], _two_thirds(last), last)
         ),
         _late_figure(runs, last),
-        Heading("By category and task", 3),
-        _category_figure(results),
-        _by_category(runs, last),
     ]
+    if any(_categories(results[0])):
+        blocks += [
+            Heading("By category and task", 3),
+            Text("A category is the mean of its tasks, unseen ones too."),
+            _category_figure(results),
+            _by_category(runs, last),
+        ]
     if probed(runs):
         blocks += solvable_blocks(runs)
     return [*blocks, *_training_blocks(runs)]
@@ -114,7 +136,7 @@ def _cards(runs: Runs, names: dict[str, str], last: int) -> Cards:
             cards.append((label, f"{statistics.fmean(getattr(c, of) for c in found):.1f}", note))
     minutes = statistics.fmean(result["training_seconds"] for result in runs.values()) / 60
     begun, killed = (sum(r["starts"][of] for r in runs.values()) for of in ("begun", "killed"))
-    note = f"{len(runs)} runs, begun {begun} times, killed {killed} times"
+    note = f"mean; runs: {len(runs)}, begun: {begun}, killed: {killed}"
     cards.append(("time of a run", f"{minutes:.0f} min", note))
     return Cards(cards)
 
@@ -122,12 +144,12 @@ def _cards(runs: Runs, names: dict[str, str], last: int) -> Cards:
 def _by_step(runs: Runs, names: dict[str, str], last: int) -> Table:
     marks = sorted({0, last // 3, _two_thirds(last), last})
     return Table(
-        ["", *(f"step {step:,}" for step in marks), "last third"],
+        ["", *(f"step {step:,}" for step in marks), "gain", "of the last third"],
         [
             [
                 name,
                 *(str(_at(runs, step, [key])) for step in marks),
-                str(_gain(runs, _two_thirds(last), last, [key])),
+                *(str(_gain(runs, start, last, [key])) for start in (0, _two_thirds(last))),
             ]
             for key, name in names.items()
         ],
@@ -161,13 +183,13 @@ def _limits(result: dict[str, Any]) -> str:
     )
 
 
-def _late_limits(result: dict[str, Any], last: int) -> str:
-    """Says so where the two ends of the last third were measured with other response limits."""
+def _two_limits(result: dict[str, Any], first: int, last: int) -> str:
+    """Says so where the validations of two steps had different response limits."""
     by_step = _limit_by_step(result)
-    before, after = by_step[max(0, _two_thirds(last) - 1)], by_step[last - 1]
+    before, after = by_step[max(0, first - 1)], by_step[last - 1]
     if before == after:
-        return f"Both are measured with {after} tokens of response."
-    return f"The response limit differs: {before} tokens at the first, {after} at the second."
+        return f"both ends are measured with {after} tokens of response."
+    return f"the response limit differs, {before} tokens at its start, {after} at its end."
 
 
 def _limit_by_step(result: dict[str, Any]) -> list[int]:
@@ -183,8 +205,8 @@ def _limit_by_step(result: dict[str, Any]) -> list[int]:
 def _late_figure(runs: Runs, last: int) -> Figure:
     result = next(iter(runs.values()))
     rows = {name: [key] for key, name in _names(result).items()} | dict(_categories(result))
-    title = "Gain of the last third, 95 % intervals over seeds"
     gains = [(name, _gain(runs, _two_thirds(last), last, keys)) for name, keys in rows.items()]
+    title = f"Gain of the last third{intervals([found for _, found in gains])}"
     return Figure("late", draw_forest(gains, title), title)
 
 
@@ -200,10 +222,12 @@ def _category_figure(results: list[dict[str, Any]]) -> Figure:
     for category, tasks in _categories(results[0]):
         curves = []
         for colour, prefix in enumerate(("", "pass/")):
-            of_tasks = [curve(results, prefix + task) for task in tasks]
+            of_tasks = [dict(curve(results, prefix + task)) for task in tasks]
+            # Steps that all tasks have: a prompt may be dropped, and its task with it.
             points = [
-                (same[0][0], statistics.fmean(mean for _, mean, _ in same))
-                for same in zip(*of_tasks, strict=True)
+                (step, statistics.fmean(each[step].mean for each in of_tasks))
+                for step in of_tasks[0]
+                if all(step in each for each in of_tasks)
             ]
             curves += [Curve(points, colour)] if points else []
         panels.append(Panel(category, curves))
@@ -218,22 +242,25 @@ def _by_category(runs: Runs, last: int) -> Table:
     for category, tasks in _categories(first):
         named = [(f"**{category}**", tasks), *((task_name(first, task), [task]) for task in tasks)]
         for name, of in named:
-            keys = [of, [f"pass/{task}" for task in of]]
-            rows.append(
-                [name, *(str(_at(runs, step, each)) for each in keys for step in (0, last))]
-            )
-    return Table(["", "mean, start", "mean, end", f"pass@{k}, start", f"pass@{k}, end"], rows)
+            row = [name]
+            for keys in (of, [f"pass/{task}" for task in of]):
+                row += [str(_at(runs, step, keys)) for step in (0, last)]
+                row.append(str(_gain(runs, 0, last, keys)))
+            rows.append(row)
+    head = [f"{of}{when}" for of in ("mean", f"pass@{k}") for when in (", start", ", end", " gain")]
+    return Table(["", *head], rows)
 
 
 def _training_blocks(runs: Runs) -> list[Block]:
     results = list(runs.values())
     resets = [_resets(result) for result in results]
+    marks = [step for step, _ in resets[0]]
     panels = []
     for key, name in _TRAINING.items():
         seeds = [series(result, key, "train") for result in results] if len(results) > 1 else []
-        mean = [(step, value) for step, value, _ in curve(results, key, "train")]
+        mean = [(step, found.mean) for step, found in curve(results, key, "train")]
         curves = [Curve(points, 0, thin=True) for points in seeds if points]
-        panels.append(Panel(name, [*curves, Curve(mean)] if mean else curves, resets[0]))
+        panels.append(Panel(name, [*curves, Curve(mean)] if mean else curves, marks))
     title = "Training, each seed and their mean"
     rows = [
         [
@@ -243,19 +270,40 @@ def _training_blocks(runs: Runs) -> list[Block]:
             str(result["starts"]["begun"]),
             str(result["starts"]["killed"]),
             ", ".join(map(str, result["starts"]["resumed_at"])) or "never",
-            str(len(of_seed)),
+            f"{_generated(result) / 1e6:.1f} M",
+            str(result["rows_lost"]),
             result["processor"],
         ]
-        for (seed, result), of_seed in zip(runs.items(), resets, strict=True)
+        for seed, result in runs.items()
     ]
-    head = ["", "steps", "time", "begun", "killed", "resumed from step", "resets", "machine"]
+    head = ["", "steps", "time", "begun", "killed", "resumed from step"]
+    head += ["tokens generated", "rows lost", "machine"]
+    why = [
+        [f"seed {seed}", str(len(of_seed)), ", ".join(f"{step:,} ({why})" for step, why in of_seed)]
+        for seed, of_seed in zip(runs, resets, strict=True)
+    ]
     return [
         Heading("How training went", 3),
         Text("Means over ten steps. Dotted: resets of the reference, of the first seed."),
         Figure("training", draw_panels(panels, title), title),
         Table(head, rows),
+        Table(["", "resets", "after step (why)"], why),
     ]
 
 
-def _resets(result: dict[str, Any]) -> list[int]:
-    return [event["step"] for event in result["events"] if event["event"] == "reference_reset"]
+def _resets(result: dict[str, Any]) -> list[tuple[int, str]]:
+    """Step and trigger of each."""
+    return [
+        (event["step"], event["trigger"].replace("_", " "))
+        for event in result["events"]
+        if event["event"] == "reference_reset"
+    ]
+
+
+def _generated(result: dict[str, Any]) -> float:
+    """Response tokens of all training steps, from their means over stretches."""
+    total, before = 0.0, 0
+    for step, mean in series(result, "rollout/generated_tokens", "train"):
+        total += mean * (step - before)
+        before = step
+    return total

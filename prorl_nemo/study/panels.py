@@ -16,7 +16,7 @@ Points = Sequence[tuple[int, float]]
 
 WIDTH, ROW = 860, 176  # pixels
 _GAP, _LEFT, _TOP, _BOTTOM = 22, 44, 30, 24  # around a chart's plot
-_TITLE = 44
+_TITLE, _FOOT = 44, 20
 
 _OWN = """
 .small { font-size: 12.5px; font-weight: 620; fill: #161a22 } .thin { opacity: .3; stroke-width: 1 }
@@ -40,12 +40,11 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """One chart. `marks`: steps with a dotted line. `zero`: the scale begins there."""
+    """One chart. `marks`: steps with a dotted line."""
 
     title: str
     curves: Sequence[Curve]
     marks: Sequence[int] = ()
-    zero: bool = True
 
 
 def draw_panels(panels: Sequence[Panel], title: str, columns: int = 3) -> str:
@@ -54,7 +53,7 @@ def draw_panels(panels: Sequence[Panel], title: str, columns: int = 3) -> str:
     last = max(curve.points[-1][0] for panel in drawn for curve in panel.curves)
     rows = -(-len(drawn) // columns)
     width = (WIDTH - _GAP * (columns - 1)) / columns
-    height = _TITLE + rows * ROW
+    height = _TITLE + rows * ROW + _FOOT
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
         f'width="{WIDTH}" height="{height}" role="img" aria-label="{escape(title)}">',
@@ -64,14 +63,13 @@ def draw_panels(panels: Sequence[Panel], title: str, columns: int = 3) -> str:
     for place, panel in enumerate(drawn):
         row, column = divmod(place, columns)
         parts += _panel(panel, column * (width + _GAP), _TITLE + row * ROW, width, max(last, 1))
-    return "\n".join([*parts, "</svg>", ""])
+    foot = f'<text x="{WIDTH / 2:.0f}" y="{height - 6}" text-anchor="middle">training step</text>'
+    return "\n".join([*parts, foot, "</svg>", ""])
 
 
 def _panel(panel: Panel, left: float, top: float, width: float, last: int) -> list[str]:
     values = [value for curve in panel.curves for _, value in curve.points]
-    low, high = min(values), max(values)
-    if panel.zero and low >= 0:
-        low = 0.0
+    low, high = min(0.0, *values), max(values)
     if high <= low:
         high = low + (abs(low) or 1.0)
     high += 0.05 * (high - low)

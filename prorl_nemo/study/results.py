@@ -20,6 +20,10 @@ from prorl_nemo.training.run_dir import RESUMABLE, differences
 Runs = dict[int, dict[str, Any]]
 """Seed -> result."""
 
+_KEYS = {
+    *("model_sha256", "recipe", "versions", "processor", "steps", "training_seconds", "starts"),
+    *("tasks", "validation", "train", "events", "probe", "rows_lost"),
+}
 # Of the model its sum counts, wherever it lies.
 _NO_MATTER = {*RESUMABLE, "model", "runs_dir"}
 
@@ -41,6 +45,11 @@ def read_results(study: Study, model_sha256: str | None) -> dict[str, Runs]:
             result = read_result(file)
             if result is None:
                 continue
+            if lacks := _KEYS - result.keys():
+                raise UserError(
+                    f"{file}: lacks {', '.join(sorted(lacks))}; restore it, or delete it to run it "
+                    "again"
+                )
             model_sha256 = model_sha256 or result["model_sha256"]
             if result["model_sha256"] != model_sha256:
                 raise UserError(

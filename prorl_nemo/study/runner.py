@@ -60,6 +60,8 @@ def run_study(
         if model is None:
             return False
         for variant, seed in missing:
+            if study.result_file(variant.name, seed).exists():
+                continue  # Another process that shares the study has made it since.
             try:
                 if not _run(study, variant, seed, model, console):
                     return False

@@ -42,9 +42,11 @@ def solvable_blocks(runs: Runs) -> list[Block]:
     return [
         Heading(f"What {samples} samples solve, before and after", 3),
         Text(
-            f"Prompts, mean over seeds. *Newly solved*: none of {samples} samples was right before "
+            f"Prompts, mean over seeds; {first['probe']['response_limit']} tokens of response "
+            f"before and after. *Newly solved*: none of {samples} samples was right before "
             f"the first step, and one after the last; *beyond chance*: {sure_count(samples)} or "
-            "more of them. *Lost*: the other way round."
+            "more of them. *Lost*: the other way round. The first model was asked once for all "
+            "seeds, so intervals hold what training varies, not which of its samples were right."
         ),
         Table(
             ["task", "prompts", "newly solved", "beyond chance", "lost", "beyond chance", "never"],
@@ -69,6 +71,8 @@ def _pass_table(runs: Runs, samples: int) -> Table:
         tasks = {task for task, of in first["tasks"].items() if of["trained"] == trained}
         for when in ("start", "end"):
             right = [_right(result, when, tasks) for result in runs.values()]
+            if when == "start" and all(counts == right[0] for counts in right):
+                right = right[:1]  # One model, asked once: no interval.
             if all(right):
                 means = [[pass_at(counts, samples, k) for counts in right] for k in ks]
                 rows.append([f"{name}, {when}", *(str(estimate(of_k)) for of_k in means)])

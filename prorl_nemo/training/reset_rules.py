@@ -7,7 +7,6 @@ from dataclasses import fields
 
 from prorl_nemo.errors import RecipeError
 from prorl_nemo.recipe import Recipe
-from prorl_nemo.recipe_training import ReferenceReset as Section
 from prorl_nemo.schedule.reference_reset import ResetSettings, Trigger
 
 
@@ -24,9 +23,6 @@ class ResetRules:
         ]
         names = dict.fromkeys(name for section in self._sections for name in section.triggers)
         self._triggers = {name: load_trigger(name) for name in names}
-
-    def section(self, stage: int) -> Section:
-        return self._sections[stage]
 
     def settings(self, stage: int) -> ResetSettings:
         section = self._sections[stage]

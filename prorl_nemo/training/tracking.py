@@ -1,5 +1,6 @@
-"""Figures to TensorBoard, Weights & Biases and MLflow, as the recipe asks. metrics.jsonl is always
-written and is the record; these are copies of it.
+"""Figures to TensorBoard, Weights & Biases, MLflow and Prometheus, as the recipe asks.
+
+metrics.jsonl is always written and is the record; these are copies of it.
 
 A back end works on a thread of its own behind a bounded queue. If it is down, slow or raises,
 rows for it are lost and counted, and training does not notice.
@@ -45,8 +46,8 @@ def check_installed(recipe: Recipe) -> None:
     for name in recipe.tracking.backends:
         if importlib.util.find_spec(_PACKAGES[name]) is None:
             raise RecipeError(
-                f"tracking.backends: {name} is not installed; install it (pip install {name}) or "
-                "remove it from the list"
+                f"tracking.backends: {name} is not installed; install it (pip install "
+                f"{_PACKAGES[name]}) or remove it from the list"
             )
 
 

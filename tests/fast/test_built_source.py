@@ -13,8 +13,8 @@ from prorl_nemo.data.built_source import BuiltData, BuiltSource
 from prorl_nemo.data.chat import ChatRenderer, load_tokenizer
 from prorl_nemo.data.prompts import load_prompts
 from prorl_nemo.errors import RecipeError
-from prorl_nemo.model_source import tiny_model
 from prorl_nemo.recipe import Recipe, parse_recipe
+from prorl_nemo.tiny_model import tiny_model
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,9 @@ from prorl_nemo.data.prompts import load_prompts
 from prorl_nemo.data.reasoning_gym_generator import ReasoningGymGenerator
 from prorl_nemo.data.reasoning_gym_source import ReasoningGymSource
 from prorl_nemo.errors import ModelError, RecipeError, UserError
-from prorl_nemo.model_source import tiny_model
 from prorl_nemo.recipe import parse_recipe
 from prorl_nemo.records import Prompt
+from prorl_nemo.tiny_model import tiny_model
 from prorl_nemo.training.stage_rules import StageRules
 
 if TYPE_CHECKING:

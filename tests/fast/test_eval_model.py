@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,22 @@ def test_engines_of_several_gpus_are_counted_recorded_or_refused(
         generator(tensor_parallel=2, engines=3).start(8)
     with pytest.raises(UserError, match=r"--tensor-parallel: vLLM cannot split 4 heads.*over 3"):
         generator(tensor_parallel=3).start(8)
+
+
+def test_one_gpu_an_engine_needs_no_number_of_heads(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some families give it another name, or in a nested config."""
+    other = shutil.copytree(model, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    del config["num_attention_heads"], config["intermediate_size"]
+    (other / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(FleetGenerator, "_gpus", lambda self: 5)
+    sampling = Sampling(temperature=1.0, top_p=1.0, max_tokens=8)
+    options = EngineOptions(engines=6)
+    generator = FleetGenerator(other, sampling, options, lambda name, details: None)
+    with pytest.raises(UserError, match="6 engines need a GPU each; there are 5"):
+        generator.start(8)
 
 
 def test_bf16_on_cpu_is_refused_unless_its_dependence_is_accepted(

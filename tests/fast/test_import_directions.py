@@ -40,7 +40,7 @@ ROOMS: dict[str, set[str]] = {
     "smollm2": {"errors"},
     "tiny_model": {"errors"},
     "tiny_arithmetic": {"errors", "tiny_model"},
-    "model_source": {"errors", "smollm2", "tiny_model", "tiny_arithmetic"},
+    "model_source": {"errors", "smollm2", "tiny_arithmetic"},
     # Rows of data sets are checked by the graders that will read them.
     "data": VOCABULARY | {"recipe_data", "rewards"},
     # Policy and engines. They share two records: the batch, and weights on their way.

@@ -11,10 +11,9 @@ import torch
 
 from prorl_nemo.errors import ModelError, RecipeError
 from prorl_nemo.megatron.layout import ModelSpec, check_layout, padded_vocab, read_model_spec
-from prorl_nemo.model_source import tiny_model
 from prorl_nemo.planning.shapes import KNOWN
 from prorl_nemo.recipe import Policy
-from prorl_nemo.tiny_model import Family
+from prorl_nemo.tiny_model import Family, tiny_model
 
 # DeepSeek-R1-Distill-Qwen-1.5B as published (transformers 4 writes rope_theta at the top).
 DISTILL: dict[str, Any] = {

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from prorl_nemo.errors import ModelError
-from prorl_nemo.model_source import check_model_folder, resolve_model, tiny_model
-from prorl_nemo.tiny_model import Family
+from prorl_nemo.model_source import check_model_folder, resolve_model
+from prorl_nemo.tiny_model import Family, tiny_model
 
 FAMILIES: tuple[Family, ...] = get_args(Family)
 

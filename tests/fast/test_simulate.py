@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -86,6 +87,18 @@ def test_growing_fleets() -> None:
     # A fixed batch ends with its longest response, however many engines there are.
     assert stops_scaling(steps)[0][1] == "generation"
     assert len(table(steps).splitlines()) == 2 + len(steps)
+
+
+def test_validation_has_the_engines_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def recorded(work: Generation, engines: int, *others: Any) -> tuple[float, float]:
+        asked.append(engines)
+        return simulate_generation(work, engines, *others)
+
+    monkeypatch.setattr("prorl_nemo.planning.simulate.simulate_generation", recorded)
+    simulate(load_recipe(V2, ["rollout.tensor_parallel=2"]), "h100", (8,))
+    assert asked == [4, 4]
 
 
 def test_what_has_stopped_scaling() -> None:

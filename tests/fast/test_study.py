@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from prorl_nemo.cli import app
 from prorl_nemo.errors import RecipeError, UserError
 from prorl_nemo.recipe import Recipe, parse_recipe
+from prorl_nemo.study import runner
 from prorl_nemo.study.analysis import (
     CONTRADICTS,
     Estimate,
@@ -46,7 +48,7 @@ from prorl_nemo.study.first_model import FirstModel, hold
 from prorl_nemo.study.forest import draw_forest
 from prorl_nemo.study.pages import PAGE, write_pages
 from prorl_nemo.study.panels import Curve, Panel, draw_panels
-from prorl_nemo.study.plan import Study, load_study
+from prorl_nemo.study.plan import Study, Variant, load_study
 from prorl_nemo.study.results import read_results
 from prorl_nemo.study.runner import chosen
 from prorl_nemo.training.metrics import RunLog
@@ -148,6 +150,24 @@ def test_stretches_by_hand() -> None:
     }
 
 
+def test_runs_that_another_process_has_made_since_are_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, ran = study(tmp_path), []
+    model = FirstModel(tmp_path / "model", "a" * 64)
+
+    def run(study: Study, variant: Variant, seed: int, *rest: Any) -> bool:
+        ran.append((variant.name, seed))
+        write(tmp_path, variant.name, seed)
+        write(tmp_path, "main", 2)  # By the other one.
+        return True
+
+    monkeypatch.setattr(runner, "first_model", lambda study, console: model)
+    monkeypatch.setattr(runner, "_run", run)
+    assert runner.run_study(plan, ["main"], Console())
+    assert ran == [("main", 1), ("main", 3)]
+
+
 def test_every_curve_is_a_figure_that_runs_write() -> None:
     documented = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     assert [key for key in CURVES if f"`{key}`" not in documented] == []
@@ -225,7 +245,10 @@ def test_a_lost_row_is_counted(tmp_path: Path) -> None:
         log.metrics({"kind": "validation", "step": 0, "validation/mean": 0.1})
         for step in (1, 3):
             log.metrics({"kind": "train", "step": step})
-    assert compact(tmp_path / "run", small_recipe(tmp_path))["rows_lost"] == 1
+        log.event("finished", 4)
+    found = compact(tmp_path / "run", small_recipe(tmp_path))
+    # Of the last step too: it is made, and the run reaches the step of comparison.
+    assert found["rows_lost"] == 2 and found["steps"] == 4
 
 
 def test_starts_by_hand() -> None:
@@ -324,7 +347,13 @@ def write(folder: Path, name: str, seed: int, shift: float = 0.0, **changes: Any
     steps = list(range(0, recipe.total_steps + 1, 100))
     prompts = ("reasoning_gym/chain_sum/1", "reasoning_gym/chain_sum/2")
     start, end = dict(zip(prompts, (0, 5))), dict(zip(prompts, (50, 0)))
-    asked = {"prompts_per_task": 16, "samples": 256, "start": start, "end": end}
+    asked = {
+        "prompts_per_task": 16,
+        "samples": 256,
+        "response_limit": 64,
+        "start": start,
+        "end": end,
+    }
     flat = {
         "pass": 0.9,
         "never_trained/mean": 0.3,
@@ -359,8 +388,16 @@ def write(folder: Path, name: str, seed: int, shift: float = 0.0, **changes: Any
             "mean": [0.2 + shift + step / 1000 for step in steps],
             **{key: [value] * len(steps) for key, value in flat.items()},
         },
-        "train": {"step": [10, 20], "policy/kl": [None, 0.1], "time/step": [1.0, 2.0]},
-        "events": [{"step": 150, "event": "reference_reset"}],
+        "train": {
+            "step": [10, 20],
+            "policy/kl": [None, 0.1],
+            "time/step": [1.0, 2.0],
+            "rollout/generated_tokens": [50000.0, 70000.0],
+        },
+        "events": [
+            {"step": 150, "event": "reference_reset", "trigger": "kl_spike"},
+            {"step": 1150, "event": "reference_reset", "trigger": "interval"},
+        ],
     }
     file = plan.result_file(name, seed)
     write_result(file, {**row, **changes})
@@ -410,6 +447,15 @@ def test_a_key_that_a_later_version_adds_is_no_other_recipe(tmp_path: Path) -> N
         read_results(study(tmp_path), None)
 
 
+def test_a_result_with_a_part_missing_is_refused(tmp_path: Path) -> None:
+    file = write(tmp_path, "main", 1)
+    found = json.loads(file.read_text())
+    del found["train"], found["probe"]
+    write_result(file, found)
+    with pytest.raises(UserError, match=r"main_seed1\.json: lacks probe, train; restore it"):
+        read_results(study(tmp_path), None)
+
+
 def test_results_of_another_probe_are_refused(tmp_path: Path) -> None:
     asked = {"prompts_per_task": 16, "samples": 64, "start": {}, "end": {}}
     write(tmp_path, "main", 1, probe=asked)
@@ -454,9 +500,16 @@ def test_intervals_hold_the_truth_95_times_in_a_hundred(runs: int) -> None:
         found = estimate([rng.gauss(0.4, 0.05) for _ in range(runs)])
         assert found.half_width is not None
         held += abs(found.mean - 0.4) <= found.half_width
-    # Four standard errors of a share of 4,000; the normal's quantile at 12 runs gives 0.924.
-    low = 0.91 if runs > 10 else 0.95 - 4 * math.sqrt(0.95 * 0.05 / 4000)
-    assert low <= held / 4000 <= 0.964
+    # Four standard errors of a share of 4,000.
+    assert held / 4000 == pytest.approx(0.95, abs=4 * math.sqrt(0.95 * 0.05 / 4000))
+
+
+@pytest.mark.parametrize(("runs", "quantile"), [(10, 2.262), (11, 2.228), (31, 2.042)])
+def test_intervals_of_many_runs_are_students_too(runs: int, quantile: float) -> None:
+    values = [float(value) for value in range(runs)]
+    error = statistics.stdev(values) / math.sqrt(runs)
+    half_width = estimate(values).half_width
+    assert half_width is not None and half_width / error == pytest.approx(quantile, abs=0.003)
 
 
 def test_difference_is_paired_by_seed() -> None:
@@ -478,9 +531,9 @@ def test_around_by_hand() -> None:
 
 def test_curve_by_hand() -> None:
     points = curve([result({0: 0.1, 100: 0.4}), result({0: 0.3})], "mean")
-    assert points == [(0, pytest.approx(0.2), pytest.approx(0.1))]
-    assert curve([result({0: 0.1})], "mean") == [(0, 0.1, 0.0)]
-    assert curve([result({0: 0.1, 100: 0.4})], "mean", last=99) == [(0, 0.1, 0.0)]
+    assert points == [(0, estimate([0.1, 0.3]))]
+    assert curve([result({0: 0.1})], "mean") == [(0, Estimate(0.1, None, 1))]
+    assert curve([result({0: 0.1, 100: 0.4})], "mean", last=99) == [(0, estimate([0.1]))]
 
 
 def test_series_leaves_out_what_is_missing() -> None:
@@ -569,6 +622,7 @@ def test_forest_by_hand() -> None:
     assert classes == ["c2", "c0", "c0"]
     texts = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
     assert "+0.200 ± 0.100" in texts and "<b>" in texts and "+0.000, one run" in texts
+    assert any("Green: above zero" in (text or "") for text in texts)
 
 
 def test_panels_by_hand() -> None:
@@ -589,7 +643,7 @@ def test_panels_by_hand() -> None:
     flat = [float(point.split()[0]) for point in paths[2]["d"].removeprefix("M").split("L")]
     assert flat[1] - flat[0] == pytest.approx((last[0] - first[0]) / 2, abs=0.11)
     texts = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
-    assert "<a>" in texts and "empty" not in texts
+    assert "<a>" in texts and "empty" not in texts and texts[-1] == "training step"
     marks = [line for line in root.iter() if line.attrib.get("class") == "at"]
     assert [float(mark.attrib["x1"]) for mark in marks] == [221.5]
 
@@ -603,20 +657,26 @@ def test_pages(tmp_path: Path) -> None:
     assert write_pages(study(tmp_path))
     page = (tmp_path / "results" / "README.md").read_text()
     # Start, thirds and end of the main run: 0.2 and 0.22, Student's t of one degree of freedom.
-    assert "| trained, mean | 0.210 ± 0.127 | 0.310 ± 0.127 |" in page
+    assert "| trained, mean | 0.210 ± 0.127 | 0.310 ± 0.127 | 0.360 ± 0.127 |" in page
+    # And the paired gains, of the run and of its last third.
+    assert "| 0.410 ± 0.127 | 0.200 ± 0.000 | 0.050 ± 0.000 |" in page
     # All of the seeds gain the same: 0.3 over the run. Half of that in the means of windows.
     assert "| validation rises over the run | 0.200 ± 0.000 | as the paper |" in page
     assert "| tasks never trained on gain as well | 0.000 ± 0.000 | not decided |" in page
-    assert "| **arithmetic** | 0.500 ± 0.000 |" in page
+    assert "| **arithmetic** | 0.500 ± 0.000 | 0.500 ± 0.000 | 0.000 ± 0.000 |" in page
     assert "| aiw (unseen) | 0.250 ± 0.000 |" in page
     assert "| **all** | 2.0 | 1.0 | 1.0 | 1.0 | 0.0 | 0.0 |" in page
-    # Of 256 samples 0 and 5 were right before.
-    assert "| trained, start | 0.010 ± 0.000 |" in page
+    # Of 256 samples 0 and 5 were right before; the first model is one, so without an interval.
+    assert "| trained, start | 0.010 |" in page and "| trained, end | 0.098 ± 0.000 |" in page
+    assert "mean over seeds; 64 tokens of response before and after." in page
     # At step 200 the last two validations: 0.35 less 0.1, and 0.37 less 0.11.
     assert "| no_kl | Without KL | 2 | 0.255 ± 0.064 | -0.105 ± 0.064 |" in page
     assert "| no_kl | lower | as the paper |" in page
-    assert "| seed 1 | 300 | 10 min | 2 | 1 | 100 | 1 | p, 2 cores |" in page
-    assert "Both are measured with 8192 tokens" in page
+    assert "| seeds | mean | less main | pass@4 | less main | unseen, mean |" in page
+    # Ten steps with 50,000 tokens each, and ten with 70,000.
+    assert "| seed 1 | 300 | 10 min | 2 | 1 | 100 | 1.2 M | 0 | p, 2 cores |" in page
+    assert "| seed 2 | 2 | 150 (kl spike), 1,150 (interval) |" in page
+    assert "paired by seed: both ends are measured with 8192 tokens" in page
     assert "absent" not in page
     figures = re.findall(r"\((\w+\.svg)\)", page)
     assert sorted(figures) == sorted(file.name for file in (tmp_path / "results").glob("*.svg"))
@@ -637,16 +697,66 @@ def test_a_single_main_run_has_a_page_without_intervals(tmp_path: Path) -> None:
     page = (tmp_path / "results" / "README.md").read_text()
     assert "| validation rises over the run | 0.200 | one run: not decided |" in page
     assert "Variants" not in page and "newly solved" not in page
+    assert "![Validation, 1 seed](main.svg)" in page
+    assert "intervals over seeds" not in page
 
 
-def test_late_gains_measured_with_two_limits_are_said_to_be(tmp_path: Path) -> None:
+def test_the_page_names_all_versions_and_the_time_of_all_runs(tmp_path: Path) -> None:
+    write(tmp_path, "main", 1, versions={"torch": "2.7", "vllm": "1"})
+    write(tmp_path, "main", 2, versions={"torch": "2.8", "vllm": "1"})
+    write(tmp_path, "no_kl", 1, versions={"torch": "2.7", "vllm": "1"})
+    write_pages(study(tmp_path))
+    about = "3 runs, 0.5 hours, from the model aaaaaaaaaaaa; torch 2.7 and 2.8, vllm 1"
+    for name in ("README.md", PAGE):
+        assert about in (tmp_path / "results" / name).read_text()
+
+
+def test_bands_are_the_intervals_of_the_tables(tmp_path: Path) -> None:
+    """Two standard errors are no 95 % of two or three seeds."""
+    for seed, shift in ((1, 0.0), (2, 0.02)):
+        write(tmp_path, "main", seed, shift)
+    write_pages(study(tmp_path))
+    root = ET.parse(tmp_path / "results" / "main.svg").getroot()
+    paths = [path.attrib for path in root.iter("{http://www.w3.org/2000/svg}path")]
+    band, line = (
+        [float(point.split()[1]) for point in path["d"].strip("MZ").split("L")]
+        for path in paths[:2]
+    )
+    # The band has an upper and a lower edge; the scores rise by 0.3 over the run.
+    width, rise = band[-1] - band[0], line[0] - line[-1]
+    assert width / rise == pytest.approx(2 * 12.706 * 0.01 / 0.3, rel=0.01)
+    page = (tmp_path / "results" / "README.md").read_text()
+    assert "![Validation, 2 seeds, 95 % intervals over seeds](main.svg)" in page
+
+
+def test_a_validation_without_a_task_leaves_out_that_step(tmp_path: Path) -> None:
+    file = write(tmp_path, "main", 1)
+    found = json.loads(file.read_text())
+    found["tasks"]["gcd"] = {"category": "arithmetic", "trained": True}
+    found["validation"] |= {"gcd": [0.5, None, 0.5, 0.5], "pass/gcd": [1.0, None, 1.0, 1.0]}
+    write_result(file, found)
+    write_pages(study(tmp_path))
+    root = ET.parse(tmp_path / "results" / "categories.svg").getroot()
+    paths = [path.attrib["d"] for path in root.iter("{http://www.w3.org/2000/svg}path")]
+    assert [path.count("L") for path in paths] == [2, 2, 3, 3]
+
+
+def test_tasks_of_no_category_have_a_page_too(tmp_path: Path) -> None:
+    write(tmp_path, "main", 1, tasks={})
+    write_pages(study(tmp_path))
+    page = (tmp_path / "results" / "README.md").read_text()
+    assert "By category" not in page and "| trained, mean | 0.200 |" in page
+
+
+def test_gains_measured_with_two_limits_are_said_to_be(tmp_path: Path) -> None:
     stages = [{"steps": 200, "max_response_tokens": 48}, {"steps": 100, "max_response_tokens": 72}]
     raw = small_recipe(tmp_path, stages=stages).model_dump(mode="json")
     (tmp_path / "recipe.yaml").write_text(json.dumps(raw))
     write(tmp_path, "main", 1)
     write_pages(study(tmp_path))
     page = (tmp_path / "results" / "README.md").read_text()
-    assert "The response limit differs: 48 tokens at the first, 72 at the second." in page
+    differs = "the response limit differs, 48 tokens at its start, 72 at its end."
+    assert f"paired by seed: {differs}" in page and f"Gain over the run: {differs}" in page
     assert "of its stage: 48 tokens up to step 200, 72 tokens up to step 300." in page
 
 

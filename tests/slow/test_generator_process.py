@@ -16,7 +16,7 @@ from prorl_nemo.data.chat import ChatRenderer, PromptDropped, load_tokenizer
 from prorl_nemo.data.reasoning_gym_generator import GeneratorDied, ReasoningGymGenerator
 from prorl_nemo.data.reasoning_gym_source import ReasoningGymSource
 from prorl_nemo.errors import RecipeError
-from prorl_nemo.model_source import tiny_model
+from prorl_nemo.tiny_model import tiny_model
 
 
 def test_the_process_ends_with_its_parent() -> None:

@@ -12,8 +12,8 @@ import torch
 from ranks import run_ranks
 
 HEADS, GROUPS, DIM = 4, 2, 8
-# (prompt, responses): a shared prompt, a plain sequence, the shortest one, and a tree that is
-# longer than those computed in one product.
+# (prompt, responses): a shared prompt, a plain sequence, the shortest one, and a long shared prompt
+# whose responses fall into several batches.
 SHAPES = [(5, (3, 1, 7)), (4, (6,)), (1, (1,)), (300, (250, 2, 400))]
 
 

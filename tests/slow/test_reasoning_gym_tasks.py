@@ -11,8 +11,8 @@ import pytest
 from prorl_nemo.data.chat import ChatRenderer, PromptDropped, in_answer_tags, load_tokenizer
 from prorl_nemo.data.reasoning_gym_generator import ReasoningGymGenerator
 from prorl_nemo.data.reasoning_gym_source import ReasoningGymSource
-from prorl_nemo.model_source import tiny_model
 from prorl_nemo.rewards.pool import GraderPool
+from prorl_nemo.tiny_model import tiny_model
 
 # They have no single right answer to show; their scorers judge any proposal.
 WITHOUT_REFERENCE = {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from prorl_nemo.model_source import tiny_model
+from prorl_nemo.tiny_model import tiny_model
 
 ROOT = Path(__file__).parents[2]
 # The quickstart at the smallest size in which everything still happens once.

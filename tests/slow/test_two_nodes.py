@@ -16,8 +16,8 @@ from rich.console import Console
 from prorl_nemo.cluster.check import check_cluster
 from prorl_nemo.cluster.placement import ClusterError, NodeLost, reserve
 from prorl_nemo.cluster.policy_group import PolicyError, PolicyGroup
-from prorl_nemo.model_source import tiny_model
 from prorl_nemo.recipe import Recipe, parse_recipe
+from prorl_nemo.tiny_model import tiny_model
 from prorl_nemo.training.batch import TrainingBatch
 
 
@@ -73,6 +73,11 @@ def test_every_node_is_looked_at(cluster: Cluster, tmp_path: Path) -> None:
     assert text.count("0 GPUs are visible, 1 are needed") == 2
     assert text.count("GB/s") == 3 and "bus bandwidth" in text  # There, back, all-reduce.
     assert not list((tmp_path / "runs").glob(".seen_*"))
+    split = recipe.model_copy(
+        update={"rollout": recipe.rollout.model_copy(update={"tensor_parallel": 2})}
+    )
+    with pytest.raises(ClusterError, match=r"rollout\.tensor_parallel"):
+        check_cluster(split, console)
 
 
 def test_ranks_on_both_nodes_and_a_node_that_dies(cluster: Cluster, tmp_path: Path) -> None:
