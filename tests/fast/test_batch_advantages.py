@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from prorl_nemo.algorithms.advantages import grpo, reinforce_plus_plus_baseline
 from prorl_nemo.algorithms.batch_advantages import AdvantageMethod, batch_advantages
 from prorl_nemo.algorithms.reward_shaping import CosineLength
+from prorl_nemo.recipe import Algorithm
 
 SCORES = torch.tensor([1.0, 0, 1, 0, 1, 0, 0, 0], dtype=torch.float64)
 GROUPS = torch.tensor([5, 5, 5, 5, 2, 2, 2, 2])
@@ -74,3 +76,8 @@ def test_nothing_left() -> None:
 def test_unknown_method() -> None:
     with pytest.raises(ValueError, match="method"):
         batch_advantages(SCORES, GROUPS, LENGTHS, FINISHED, 8, method="ppo")  # type: ignore[arg-type]
+
+
+def test_the_recipe_offers_every_method() -> None:
+    offered = Algorithm.model_fields["advantage"].annotation
+    assert get_args(offered) == get_args(AdvantageMethod)
