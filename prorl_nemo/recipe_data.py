@@ -164,7 +164,7 @@ class Build(Section):
         100,
         ge=0,
         le=100_000,
-        description="Prompts of each task set aside for validation; at most a tenth of a data set.",
+        description="Prompts of each task set aside for validation; at most a tenth of the task's.",
     )
     max_bad_share: float = Field(
         0.01, ge=0, le=1, description="Share of unusable rows in a file above which it is refused."
