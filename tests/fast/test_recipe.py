@@ -34,7 +34,7 @@ def file(tmp_path: Path) -> Path:
 
 def test_committed_recipes_are_valid() -> None:
     found = sorted(Path(__file__).parents[2].glob("recipes/**/*.yaml"))
-    # These two are recipes of other commands, checked in test_pretraining and test_study.
+    # These two are recipes of other commands, checked in test_pretraining and test_study_plan.
     others = {"study/pretrain.yaml", "study/study.yaml"}
     found = [path for path in found if f"{path.parent.name}/{path.name}" not in others]
     assert found
