@@ -47,7 +47,7 @@ def shrink(recipe: Recipe, folder: Path) -> tuple[Recipe, list[str]]:
     left_out = _policy(settings["policy"])
     settings |= {"name": f"{recipe.name}-tiny", "runs_dir": str(folder / "runs")}
     settings |= {"model": str(model)}
-    _rollout(settings)
+    _rollout(settings, _RESPONSE / recipe.longest_response)
     _data(settings, folder / "data")
     return parse_recipe(settings), left_out
 
@@ -70,13 +70,9 @@ def _policy(policy: dict[str, Any]) -> list[str]:
     return left_out
 
 
-def _rollout(settings: dict[str, Any]) -> None:
+def _rollout(settings: dict[str, Any], scale: float) -> None:
+    """`scale`: of response limits."""
     rollout, algorithm = settings["rollout"], settings["algorithm"]
-    longest = max(
-        stage["max_response_tokens"] or rollout["max_response_tokens"]
-        for stage in settings["stages"]
-    )
-    scale = _RESPONSE / longest
     algorithm["minibatches"] = min(2, algorithm["minibatches"])
     rollout |= {
         "prompts_per_step": 4,

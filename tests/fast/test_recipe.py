@@ -42,6 +42,13 @@ def test_committed_recipes_are_valid() -> None:
         load_recipe(path)
 
 
+def test_the_longest_response_is_a_stage_s_or_the_rollout_s() -> None:
+    raw = {**MINIMAL, "rollout": {"max_response_tokens": 64}, "shaping": {"overlong": None}}
+    for limits, longest in (([None, 16], 64), ([96, None], 96), ([8, 16], 16)):
+        stages = [{"steps": 1, "max_response_tokens": limit} for limit in limits]
+        assert parse_recipe({**raw, "stages": stages}).longest_response == longest
+
+
 def test_what_the_recipe_says_and_what_it_leaves_out(file: Path) -> None:
     recipe = load_recipe(file)
     assert recipe.total_steps == 5
