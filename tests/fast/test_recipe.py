@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from prorl_nemo.errors import RecipeError
 from prorl_nemo.recipe import Recipe, load_recipe, parse_recipe
-from prorl_nemo.settings_file import Section, section_of
+from prorl_nemo.settings_file import Section, changed_keys, section_of
 from prorl_nemo.strict_yaml import YAMLError, dump_yaml, load_yaml
 
 MINIMAL: dict[str, Any] = {
@@ -313,3 +313,14 @@ def test_every_key_is_described() -> None:
                 check(inner)
 
     check(Recipe)
+
+
+def test_changed_keys_by_hand() -> None:
+    before = {"a": 1, "b": {"c": [1, 2], "d": None}, "e": {"f": 1}, "gone": 0}
+    now = {"a": 1, "b": {"c": [1, 3], "d": {"x": 1}}, "e": {"f": 1}, "new": 5}
+    assert changed_keys(before, now) == {
+        "b.c": [[1, 2], [1, 3]],
+        "b.d": [None, {"x": 1}],
+        "gone": [0, None],
+        "new": [None, 5],
+    }
