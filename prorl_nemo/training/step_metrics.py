@@ -123,7 +123,7 @@ def _mismatch_figures(recipe: Recipe, batch: TrainingBatch) -> dict[str, float]:
         return share
     positions = torch.cat([torch.arange(n) for n in lengths.tolist()])[fresh]
     old, engine = old[fresh], engine[fresh]
-    figures = mismatch_metrics(old, engine, weights)
+    figures = mismatch_metrics(old, engine)
     by_position = mismatch_by_position(old, engine, positions)
     return (
         {f"mismatch/{name}": value for name, value in figures.items()}
