@@ -261,6 +261,12 @@ class Recipe(Section):
         return sum(stage.steps for stage in self.stages)
 
     @property
+    def longest_response(self) -> int:
+        """Response limit of the stage with the longest, in tokens."""
+        default = self.rollout.max_response_tokens
+        return max(stage.max_response_tokens or default for stage in self.stages)
+
+    @property
     def run_dir(self) -> Path:
         return Path(self.runs_dir).expanduser() / self.name
 

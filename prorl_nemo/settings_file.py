@@ -108,6 +108,18 @@ def section_of(annotation: Any) -> type[Section] | None:
     return next((section for section in found if section), None)
 
 
+def changed_keys(before: Any, now: Any, prefix: str = "") -> dict[str, list[Any]]:
+    """Keys whose values differ, as {dotted key: [before, now]}; lists are compared whole, and
+    a key that one side lacks is None there."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return {} if before == now else {prefix: [before, now]}
+    found: dict[str, list[Any]] = {}
+    for key in [*before, *(k for k in now if k not in before)]:
+        name = f"{prefix}.{key}" if prefix else key
+        found |= changed_keys(before.get(key), now.get(key), name)
+    return found
+
+
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:

@@ -47,7 +47,7 @@ def shrink(recipe: Recipe, folder: Path) -> tuple[Recipe, list[str]]:
     left_out = _policy(settings["policy"])
     settings |= {"name": f"{recipe.name}-tiny", "runs_dir": str(folder / "runs")}
     settings |= {"model": str(model)}
-    _rollout(settings)
+    _rollout(settings, _RESPONSE / recipe.longest_response)
     _data(settings, folder / "data")
     return parse_recipe(settings), left_out
 
@@ -70,13 +70,9 @@ def _policy(policy: dict[str, Any]) -> list[str]:
     return left_out
 
 
-def _rollout(settings: dict[str, Any]) -> None:
+def _rollout(settings: dict[str, Any], scale: float) -> None:
+    """`scale`: of response limits."""
     rollout, algorithm = settings["rollout"], settings["algorithm"]
-    longest = max(
-        stage["max_response_tokens"] or rollout["max_response_tokens"]
-        for stage in settings["stages"]
-    )
-    scale = _RESPONSE / longest
     algorithm["minibatches"] = min(2, algorithm["minibatches"])
     rollout |= {
         "prompts_per_step": 4,
@@ -105,34 +101,38 @@ def _data(settings: dict[str, Any], folder: Path) -> None:
     """Built data is made up; tasks of Reasoning Gym stay, with fewer questions."""
     data = settings["data"]
     data["max_prompt_tokens"] = _PROMPT
-    domains = sorted({source["domain"] for source in data["sources"] if source["domain"]})
+    made_up: dict[str, list[str]] = {}
     for source in data["sources"]:
         source["size"] = min(100, source["size"])
         if source["kind"] == "built":
             source |= {"folder": str(folder), "size": 2000}
-            source["task"] = None
+            # An entry without a task takes what no other one names: so there must be more.
+            task = source["task"] or f"small_{source['domain']}"
+            made_up.setdefault(source["domain"], []).append(task)
     data["build"] = None
-    if domains:
-        write_small_data(folder, domains)
+    if made_up:
+        write_small_data(folder, made_up)
 
 
-def write_small_data(folder: Path, domains: list[str]) -> None:
-    """Some problems of each domain in the layout of `prorl data build`, with real gradings."""
+def write_small_data(folder: Path, tasks: dict[str, list[str]]) -> None:
+    """Some problems of each domain's tasks in the layout of `prorl data build`, with real
+    gradings."""
     folder.mkdir(parents=True)
     shards: list[dict[str, Any]] = []
-    for domain in domains:
+    for domain, names in sorted(tasks.items()):
         for split, count in (("train", _RECORDS), ("held_out", _HELD_OUT)):
             writer = ShardWriter(folder, domain, split)
-            for number in range(count):
-                grading = _grading(domain, number)
-                problem = f"Small {domain} problem {number} of {split}: {json.dumps(grading)[:60]}"
-                identity = f"small/{domain}/{split}/{number}"
-                writer.write(Record(identity, domain, f"small_{domain}", problem, grading))
+            for task in names:
+                for number in range(count):
+                    grading = _grading(domain, number)
+                    problem = f"{task}, problem {number} of {split}: {json.dumps(grading)[:60]}"
+                    identity = f"small/{task}/{split}/{number}"
+                    writer.write(Record(identity, domain, task, problem, grading))
             writer.close()
             shards += writer.shards
     counts = {"train": _RECORDS, "held_out": _HELD_OUT}
-    tasks = {domain: {f"small_{domain}": counts} for domain in domains}
-    write_manifest(folder, {"format": FORMAT, "tasks": tasks, "shards": shards})
+    made = {domain: dict.fromkeys(names, counts) for domain, names in tasks.items()}
+    write_manifest(folder, {"format": FORMAT, "tasks": made, "shards": shards})
 
 
 def _grading(domain: str, number: int) -> dict[str, Any]:

@@ -13,18 +13,16 @@ import torch
 from torch import Tensor
 
 from prorl_nemo.algorithms.checks import check_logprobs, check_same_shape
-from prorl_nemo.algorithms.policy_loss import LOG_RATIO_LIMIT, ImportanceWeights
+from prorl_nemo.algorithms.policy_loss import LOG_RATIO_LIMIT
 
 
-def mismatch_metrics(
-    old_logprobs: Tensor, engine_logprobs: Tensor, importance: ImportanceWeights
-) -> dict[str, float]:
+def mismatch_metrics(old_logprobs: Tensor, engine_logprobs: Tensor) -> dict[str, float]:
     """Figures over all response tokens of a step.
 
     mean_abs: mean |d|, nats. p99: its 99th percentile (nearest rank). token_mult_prob_error:
     mean exp|d|, 1 is perfect; NeMo-RL accepts a median over steps below 1.05 to 1.1. gen_kl:
-    mean exp(d) - 1 - d, the k3 estimate of KL(engine || trainer). out_of_bounds_share: as
-    `importance_weights` counted it. Exponents stop at 20, which keeps every figure finite.
+    mean exp(d) - 1 - d, the k3 estimate of KL(engine || trainer). Exponents stop at 20, which
+    keeps every figure finite.
 
     Args:
         old_logprobs, engine_logprobs: [tokens].
@@ -32,7 +30,7 @@ def mismatch_metrics(
     Raises:
         ValueError: shapes differ, no tokens, less than float32, or a non-finite value.
     """
-    d = _differences(old_logprobs, engine_logprobs)
+    d = _log_ratios(old_logprobs, engine_logprobs)
     size = d.abs()
     bounded = d.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     # Not torch.quantile: it refuses more than 2**24 values, half of a full-scale step.
@@ -42,7 +40,6 @@ def mismatch_metrics(
         "p99": size.kthvalue(rank).values.item(),
         "token_mult_prob_error": bounded.abs().exp().mean().item(),
         "gen_kl": (torch.expm1(bounded) - bounded).mean().item(),
-        "out_of_bounds_share": importance.out_of_bounds_share,
     }
 
 
@@ -65,7 +62,7 @@ def mismatch_by_position(
     Raises:
         ValueError: as `mismatch_metrics`, or edges that do not ascend from above 0.
     """
-    size = _differences(old_logprobs, engine_logprobs).abs()
+    size = _log_ratios(old_logprobs, engine_logprobs).abs()
     check_same_shape(old_logprobs=old_logprobs, positions=positions)
     starts = [0, *edges]
     if starts != sorted(set(starts)):
@@ -92,7 +89,7 @@ def mismatch_growth(old_logprobs: Tensor, engine_logprobs: Tensor, positions: Te
     Raises:
         ValueError: as `mismatch_metrics`.
     """
-    size = _differences(old_logprobs, engine_logprobs).abs()
+    size = _log_ratios(old_logprobs, engine_logprobs).abs()
     check_same_shape(old_logprobs=old_logprobs, positions=positions)
     ordered = positions.sort().values
     quarter = len(ordered) // 4
@@ -103,7 +100,8 @@ def mismatch_growth(old_logprobs: Tensor, engine_logprobs: Tensor, positions: Te
     return (late.clamp(min=1e-6) / early.clamp(min=1e-6)).item()
 
 
-def _differences(old_logprobs: Tensor, engine_logprobs: Tensor) -> Tensor:
+def _log_ratios(old_logprobs: Tensor, engine_logprobs: Tensor) -> Tensor:
+    """d [tokens] float64, without gradient."""
     check_logprobs(old_logprobs=old_logprobs, engine_logprobs=engine_logprobs)
     d = (old_logprobs.detach() - engine_logprobs.detach()).double()
     if not d.numel() or not bool(torch.isfinite(d).all()):

@@ -19,7 +19,7 @@ from prorl_nemo.evaluation.benchmark import (
     load_protocols,
 )
 from prorl_nemo.evaluation.items import Item, Items, load_items
-from prorl_nemo.settings_file import load_settings, parse_settings
+from prorl_nemo.settings_file import changed_keys, load_settings, parse_settings
 
 DEFINITIONS = Path(__file__).parents[1] / "eval"
 """Benchmarks, protocols and reported numbers of this project."""
@@ -229,7 +229,7 @@ def under_protocol(suite: Suite, protocol: Protocol) -> Suite:
         UserError: the protocol samples otherwise, or asks for more than there is.
     """
     if protocol.sampling != suite.protocol.sampling:
-        lines = differences(
+        lines = changed_lines(
             suite.protocol.sampling.model_dump(mode="json"),
             protocol.sampling.model_dump(mode="json"),
         )
@@ -271,15 +271,9 @@ def _first(items: list[Item], benchmark: Benchmark, limit: int | None) -> list[I
     return chosen
 
 
-def differences(before: Any, now: Any, prefix: str = "") -> list[str]:
-    """Dotted keys in which two manifests differ, with both values."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        return [
-            line
-            for key in sorted(before.keys() | now.keys())
-            for line in differences(before.get(key), now.get(key), f"{prefix}{key}.")
-        ]
-    if before == now:
-        return []
-    there, here = (repr(value)[:100] for value in (before, now))
-    return [f"{prefix.rstrip('.')}: {there} there, {here} now"]
+def changed_lines(before: Any, now: Any, prefix: str = "") -> list[str]:
+    """Dotted keys in which two manifests differ, behind `prefix`, with both values cut short."""
+    return [
+        f"{key}: {there!r:.100} there, {here!r:.100} now"
+        for key, (there, here) in sorted(changed_keys(before, now, prefix).items())
+    ]

@@ -17,7 +17,7 @@ from prorl_nemo.evaluation.result import (
     compare_models,
     read_samples,
 )
-from prorl_nemo.evaluation.suite import DEFINITIONS, differences, find_protocol, under_protocol
+from prorl_nemo.evaluation.suite import DEFINITIONS, changed_lines, find_protocol, under_protocol
 from prorl_nemo.harness.outputs import (
     chosen_numbers,
     reported_name,
@@ -103,10 +103,10 @@ def compare(a: Path, b: Path) -> tuple[list[ModelsCompared], list[str], tuple[st
     unlike = [
         line
         for key in ("protocol", "benchmarks")
-        for line in differences(
+        for line in changed_lines(
             _comparable(manifests[0], key, common),
             _comparable(manifests[1], key, common),
-            f"{key}.",
+            key,
         )
     ]
     names = tuple(str(m["model"]["name"]) for m in manifests)

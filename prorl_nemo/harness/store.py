@@ -22,7 +22,7 @@ from typing import Any
 from prorl_nemo import folder_lock
 from prorl_nemo.errors import UserError
 from prorl_nemo.evaluation.sample_file import SampleFile, read_rows
-from prorl_nemo.evaluation.suite import Suite, differences, stored_suite
+from prorl_nemo.evaluation.suite import Suite, changed_lines, stored_suite
 
 MANIFEST, ITEMS, SAMPLES, GENERATED = (
     "evaluation.json", "items.jsonl", "samples.jsonl", "generated.jsonl",
@@ -84,7 +84,7 @@ def open_store(folder: Path, suite: Suite, manifest: dict[str, Any]) -> Iterator
     with ExitStack() as stack:
         stack.enter_context(locked(folder))
         if (folder / MANIFEST).exists():
-            changes = differences(read_manifest(folder), manifest)
+            changes = changed_lines(read_manifest(folder), manifest)
             if changes:
                 more = [f"and {len(changes) - 8} more"] if len(changes) > 8 else []
                 raise UserError(

@@ -60,12 +60,14 @@ class Batch(NamedTuple):
     Attributes:
         size, queries, keys: how many stretches, and the most of each that one has.
         before: [stretches, 1, 1], keys before each one's first query.
+        masked: whether any has keys before its first query: the others are plainly causal.
     """
 
     size: int
     queries: int
     keys: int
     before: Tensor
+    masked: bool
 
 
 class Layout(NamedTuple):
@@ -120,7 +122,7 @@ def attend_in_batches(
     values = gathered(v, plan.key_index, key_sizes)
     parts = []
     for batch, query, key, value in zip(plan.batches, queries, keys, values, strict=True):
-        mask = _mask(batch) if batch.before.any() else None
+        mask = _mask(batch) if batch.masked else None
         out = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale
         )
@@ -155,7 +157,9 @@ def layout(
     for group in groups:
         queries, keys = max(s.queries for s in group), group[0].keys
         before = torch.tensor([s.keys - s.queries for s in group])[:, None, None]
-        batches.append(Batch(len(group), queries, keys, before.to(device)))
+        # Known here: to ask a GPU would wait for it, in every layer.
+        masked = bool(before.any())
+        batches.append(Batch(len(group), queries, keys, before.to(device), masked))
         for s in group:
             query_index.append(_padded([(s.held, s.held + s.queries)], queries))
             key_index.append(_padded([s.prompt, s.own], keys))

@@ -84,7 +84,7 @@ def row_loss(
         "entropy_sum": entropy.sum(),
         "clipped_low_sum": policy.clipped_low.sum(),
         "clipped_high_sum": policy.clipped_high.sum(),
-        "ratio_sum": policy.ratio.detach().sum(),
+        "ratio_sum": policy.ratio.sum(),
     }
     return loss, torch.tensor(logprobs.numel(), dtype=torch.int, device=device), figures
 

@@ -58,12 +58,6 @@ class Layout:
         return changed + [f"rollout.engines={engines}"] * (recipe.rollout.engines != engines)
 
 
-def longest_response(recipe: Recipe) -> int:
-    """Response limit of the stage with the longest, in tokens."""
-    default = recipe.rollout.max_response_tokens
-    return max(stage.max_response_tokens or default for stage in recipe.stages)
-
-
 def room(gpu: Gpu, engine: Engine) -> int:
     """Bytes for the trainer while it works, beside its engine."""
     return int(gpu.memory * (1 - FREE_SHARE)) - RUNTIME - engine.beside_updates
@@ -73,7 +67,7 @@ def examine(
     recipe: Recipe, spec: ModelSpec, gpu: Gpu, engine: Engine, work: Workload, policy: Policy
 ) -> Layout:
     """What a layout takes, or why it does not fit."""
-    row = Row.largest(policy, recipe.data.max_prompt_tokens, longest_response(recipe))
+    row = Row.largest(policy, recipe.data.max_prompt_tokens, recipe.longest_response)
     reason = _refused(recipe, spec, gpu, policy)
     if reason:
         return Layout(policy, row, None, None, reason)
@@ -136,7 +130,7 @@ def _axes(gpus: int) -> Iterator[dict[str, int]]:
 def _variants(recipe: Recipe, axes: dict[str, int]) -> Iterator[Policy]:
     """The recipe's policy in this layout, with each recomputation and length of rows."""
     policy = recipe.policy
-    longest = recipe.data.max_prompt_tokens + longest_response(recipe)
+    longest = recipe.data.max_prompt_tokens + recipe.longest_response
     settings: dict[str, Any] = {
         **axes,
         "sequence_parallel": axes["tensor_parallel"] > 1,

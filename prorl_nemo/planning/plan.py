@@ -16,7 +16,6 @@ from prorl_nemo.planning.layouts import (
     Layout,
     examine,
     layouts,
-    longest_response,
     room,
 )
 from prorl_nemo.planning.shapes import model_shape
@@ -151,7 +150,7 @@ def make_plan(
     gpu = find_gpu(gpu_name)
     _check_arguments(recipe, gpus, assumed)
     spec = model_shape(model or recipe.model)
-    context = recipe.data.max_prompt_tokens + longest_response(recipe)
+    context = recipe.data.max_prompt_tokens + recipe.longest_response
     if context > spec.max_positions:
         raise RecipeError(
             f"data.max_prompt_tokens + rollout.max_response_tokens: {context} tokens exceed the "

@@ -23,7 +23,6 @@ batch is the same either way.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any
@@ -98,7 +97,6 @@ class DynamicSampler:
             self._carried = {}  # A new stage: other lengths, temperature or group size.
         filling = Filling(groups, self._replace)
         passed_over = self._history.passed_over if self._history else 0
-        started = time.monotonic()
         known = self._keep_rate.state_dict()
         try:
             while not filling.full:
@@ -130,7 +128,6 @@ class DynamicSampler:
             self._history.record(batch.decided)
             batch.passed_over = self._history.passed_over - passed_over
         batch.generated_tokens += batch.wasted_tokens + sum(group.tokens for group in kept)
-        batch.seconds = time.monotonic() - started
         return batch
 
     def state_dict(self) -> dict[str, Any]:

@@ -54,7 +54,6 @@ class EngineSettings:
             neighbours: engines that share a machine; default: all of them.
         """
         rollout = recipe.rollout
-        limits = [s.max_response_tokens or rollout.max_response_tokens for s in recipe.stages]
         cores = os.cpu_count() or 1
         cache = rollout.kv_cache_mib or (None if torch.cuda.is_available() else 512)
         return cls(
@@ -62,7 +61,7 @@ class EngineSettings:
             dtype={"bf16": "bfloat16", "fp32": "float32"}[
                 rollout.precision or recipe.policy.precision
             ],
-            max_model_len=recipe.data.max_prompt_tokens + max(limits),
+            max_model_len=recipe.data.max_prompt_tokens + recipe.longest_response,
             kv_cache_bytes=cache and cache << 20,
             gpu_memory_share=rollout.gpu_memory_share,
             fp32_head=rollout.fp32_head,

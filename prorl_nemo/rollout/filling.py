@@ -53,7 +53,6 @@ class RolloutBatch:
         wasted_tokens: those thrown away with prompts that went back to the queue.
         decided: (prompt id, kept) of every prompt decided, in order.
         passed_over: draws that the history of the prompts saved.
-        seconds: wall time.
     """
 
     groups: list[Group] = field(default_factory=list)
@@ -64,7 +63,6 @@ class RolloutBatch:
     wasted_tokens: int = 0
     decided: list[tuple[str, bool]] = field(default_factory=list)
     passed_over: int = 0
-    seconds: float = 0.0
 
     @property
     def trained_tokens(self) -> int:

@@ -4,8 +4,8 @@ ProRL is trained in stages (arXiv 2505.24864: eight runs, one after another, tha
 length, samples per prompt and data), and ProRL v2 switches its cosine length penalty on and off in
 cycles, e.g. 100 steps on and 500 off. Steps are rollout steps, counted from 1.
 
-A stage may end before its last step: ProRL ended its runs when validation stalled. Which ones did
-is the only state there is.
+A stage may end before its last step: ProRL ended its runs when validation stalled. Which ones did,
+and how long the present one has stalled, is all the state there is.
 """
 
 from __future__ import annotations
@@ -87,6 +87,7 @@ class Stages:
             self.stages.append(StageSettings(index, name, first, last, stalled, **resolved))
             first += steps
         self._ended: dict[int, int] = {}
+        self._validated: int | None = None  # The stage of the last validation.
         self._best: float | None = None
         self._evaluations_since_best = 0
 
@@ -113,18 +114,18 @@ class Stages:
             whether the stage ends early. The stages after it move up.
         """
         stage = self.at(step)
+        if self._validated not in (stage.index, None):
+            # Here, and not when a stage ends: its last step need not be validated.
+            self._best, self._evaluations_since_best = None, 0
+        self._validated = stage.index
         if self._best is None or validation > self._best:
             self._best, self._evaluations_since_best = validation, 0
         else:
             self._evaluations_since_best += 1
-        if step == stage.last_step:
-            self._best, self._evaluations_since_best = None, 0
-            return False
         limit = stage.ends_when_stalled
-        if limit is None or self._evaluations_since_best < limit:
+        if step == stage.last_step or limit is None or self._evaluations_since_best < limit:
             return False
         self._end(stage.index, step)
-        self._best, self._evaluations_since_best = None, 0
         return True
 
     def _end(self, index: int, step: int) -> None:
@@ -141,6 +142,7 @@ class Stages:
         """Which stages ended early, and how long the present one has stalled; JSON-able."""
         return {
             "ended": [[index, step] for index, step in self._ended.items()],
+            "validated": self._validated,
             "best": self._best,
             "evaluations_since_best": self._evaluations_since_best,
         }
@@ -149,6 +151,7 @@ class Stages:
         """Go on from a saved state. The stages must be as the recipe has them, none ended."""
         for index, step in state["ended"]:
             self._end(index, step)
+        self._validated = state.get("validated")  # Older checkpoints do not say.
         self._best = state["best"]
         self._evaluations_since_best = state["evaluations_since_best"]
 

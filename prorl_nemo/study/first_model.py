@@ -15,12 +15,12 @@ from prorl_nemo.harness.model import folder_sha256
 from prorl_nemo.model_source import EXPORT_RECORD, check_model_folder
 from prorl_nemo.pretraining.run import pretrain
 from prorl_nemo.recipe_pretrain import Pretraining, load_pretraining
-from prorl_nemo.settings_file import parse_settings
+from prorl_nemo.settings_file import changed_keys, parse_settings
 from prorl_nemo.study.compact import read_result
 from prorl_nemo.study.plan import Study
 from prorl_nemo.study.results import refuse
 from prorl_nemo.training.metrics import METRICS, replace_file
-from prorl_nemo.training.run_dir import RESUMABLE, differences
+from prorl_nemo.training.run_dir import RESUMABLE
 
 # Where and how it was made, and how often it was examined: the model is the same.
 _NO_MATTER = ("name", "runs_dir", "exam", "checkpoint", "faults", *RESUMABLE)
@@ -114,7 +114,7 @@ def _same_recipe(study: Study, settings: Pretraining) -> None:
         there = parse_settings(Pretraining, about["recipe"], str(file))
     except (OSError, ValueError, KeyError, TypeError, RecipeError) as error:
         raise UserError(f"{file}: does not say how the model was made ({error}); {fix}") from None
-    changes = differences(there.model_dump(mode="json"), settings.model_dump(mode="json"))
+    changes = changed_keys(there.model_dump(mode="json"), settings.model_dump(mode="json"))
     refuse(
         file,
         f"the model was made by another recipe than {study.pretraining}",

@@ -53,7 +53,7 @@ def probe(
     validation = recipe.validation.model_copy(update=asked)
     recipe = recipe.model_copy(update={"validation": validation})
     prompts = load_prompts(recipe, load_tokenizer(folder))
-    sampling = Sampling(settings.samples, 1.0, response_limit(recipe))
+    sampling = Sampling(settings.samples, 1.0, recipe.longest_response)
     with ExitStack() as stack:
         kinds = sorted({prompt.grading["kind"] for prompt in prompts.validation})
         graders = GraderPool(
@@ -75,11 +75,6 @@ def probe(
             for group in sampler.sample_all([(prompt, 0) for prompt in of_task], sampling):
                 counts[group.prompt.prompt_id] = sum(score == 1.0 for score in group.scores)
     return counts
-
-
-def response_limit(recipe: Recipe) -> int:
-    """Tokens; the longest of the recipe's stages."""
-    return max(s.max_response_tokens or recipe.rollout.max_response_tokens for s in recipe.stages)
 
 
 def _refused(event: str, details: dict[str, Any]) -> None:

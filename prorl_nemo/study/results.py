@@ -13,9 +13,10 @@ from typing import Any
 from prorl_nemo.errors import RecipeError, UserError
 from prorl_nemo.harness.model import folder_sha256
 from prorl_nemo.recipe import Recipe, parse_recipe
+from prorl_nemo.settings_file import changed_keys
 from prorl_nemo.study.compact import read_result
 from prorl_nemo.study.plan import Study
-from prorl_nemo.training.run_dir import RESUMABLE, differences
+from prorl_nemo.training.run_dir import RESUMABLE
 
 Runs = dict[int, dict[str, Any]]
 """Seed -> result."""
@@ -86,7 +87,7 @@ def _same_recipe(file: Path, result: dict[str, Any], recipe: Recipe) -> None:
         raise UserError(
             f"{file}: its recipe is of another version; delete it to run it again\n  {error}"
         ) from None
-    changes = differences(there, recipe.model_dump(mode="json"))
+    changes = changed_keys(there, recipe.model_dump(mode="json"))
     refuse(
         file,
         "its run had another recipe",

@@ -21,7 +21,7 @@ from prorl_nemo.study.compact import FORMAT, Counts, compact, read_result, write
 from prorl_nemo.study.first_model import FirstModel, first_model, hold
 from prorl_nemo.study.pages import write_pages
 from prorl_nemo.study.plan import Study, Variant
-from prorl_nemo.study.probe import probe, response_limit
+from prorl_nemo.study.probe import probe
 from prorl_nemo.study.results import read_results, sha256_of
 from prorl_nemo.training.metrics import EVENTS, read_rows
 from prorl_nemo.training.run import train
@@ -126,7 +126,7 @@ def _run(study: Study, variant: Variant, seed: int, model: FirstModel, console: 
         asked = {
             "prompts_per_task": study.probe.prompts_per_task,
             "samples": study.probe.samples,
-            "response_limit": response_limit(study.main_recipe),
+            "response_limit": study.main_recipe.longest_response,
             "start": start,
             "end": end,
         }
@@ -183,6 +183,6 @@ def _asked(study: Study, recipe: Recipe) -> str:
         "data": recipe.data.model_dump(mode="json"),
         "prompts_per_task": study.probe.prompts_per_task,
         "samples": study.probe.samples,
-        "response_limit": response_limit(recipe),
+        "response_limit": recipe.longest_response,
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -29,10 +29,10 @@ from prorl_nemo.rollout.dynamic_sampler import DynamicSampler
 from prorl_nemo.rollout.group_collector import Sampling
 from prorl_nemo.training.batch import StepSettings, TrainingBatch
 from prorl_nemo.training.check_batch import (
-    differences,
     first_groups,
     made_up_batch,
     mean_difference,
+    token_differences,
     transformers_logprobs,
 )
 from prorl_nemo.training.preflight import check_resources
@@ -192,7 +192,7 @@ def _sample(session: Session) -> TrainingBatch:
 def _engine_line(when: str, recipe: Recipe, batch: TrainingBatch) -> Line:
     precisions = {recipe.policy.precision, recipe.rollout.precision or recipe.policy.precision}
     limit = max(MISMATCH_LIMIT[precision] for precision in precisions)
-    off = differences(batch.old_logprobs, batch.engine_logprobs)
+    off = token_differences(batch.old_logprobs, batch.engine_logprobs)
     error = off.std() / np.sqrt(len(off))
     return _within(
         f"engine log-probs against the trainer's, {when}",

@@ -57,11 +57,11 @@ def transformers_logprobs(folder: Path, batch: TrainingBatch) -> list[NDArray[np
     return found
 
 
-def differences(a: Sequence[NDArray[Any]], b: Sequence[NDArray[Any]]) -> NDArray[np.float64]:
+def token_differences(a: Sequence[NDArray[Any]], b: Sequence[NDArray[Any]]) -> NDArray[np.float64]:
     """|a - b| of every token, [tokens]."""
     return np.abs(np.concatenate(a).astype(np.float64) - np.concatenate(b).astype(np.float64))
 
 
 def mean_difference(a: Sequence[NDArray[Any]], b: Sequence[NDArray[Any]]) -> float:
     """Mean |a - b| over all tokens, in nats per token for log-probs."""
-    return float(differences(a, b).mean())
+    return float(token_differences(a, b).mean())

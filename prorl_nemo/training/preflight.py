@@ -67,8 +67,7 @@ def _check_transfer(recipe: Recipe) -> None:
 
 
 def _check_context(recipe: Recipe, spec: ModelSpec) -> None:
-    limits = [s.max_response_tokens or recipe.rollout.max_response_tokens for s in recipe.stages]
-    context = recipe.data.max_prompt_tokens + max(limits)
+    context = recipe.data.max_prompt_tokens + recipe.longest_response
     if context > spec.max_positions:
         raise RecipeError(
             f"data.max_prompt_tokens + rollout.max_response_tokens: {context} tokens exceed the "

@@ -16,7 +16,7 @@ from prorl_nemo import folder_lock
 from prorl_nemo.errors import UserError
 from prorl_nemo.recipe import Recipe
 from prorl_nemo.recipe_pretrain import Pretraining
-from prorl_nemo.settings_file import load_settings
+from prorl_nemo.settings_file import changed_keys, load_settings
 from prorl_nemo.strict_yaml import dump_yaml
 from prorl_nemo.training.metrics import replace_file
 
@@ -121,7 +121,7 @@ def changes_since(recipe: Recipe | Pretraining) -> dict[str, list[Any]] | None:
     )
     if not begun or not path.exists():
         return None
-    changes = differences(load_settings(type(recipe), path).model_dump(mode="json"), resolved)
+    changes = changed_keys(load_settings(type(recipe), path).model_dump(mode="json"), resolved)
     refused = {key: pair for key, pair in changes.items() if key not in RESUMABLE}
     if refused:
         lines = [f"{key}: {old!r} there, {new!r} now" for key, (old, new) in refused.items()]
@@ -131,17 +131,6 @@ def changes_since(recipe: Recipe | Pretraining) -> dict[str, list[Any]] | None:
             "name=NAME, or delete that folder\n  " + "\n  ".join(lines[:10] + more)
         )
     return changes
-
-
-def differences(before: Any, now: Any, prefix: str = "") -> dict[str, list[Any]]:
-    """Keys whose values differ, as {dotted key: [before, now]}; lists are compared whole."""
-    if not (isinstance(before, dict) and isinstance(now, dict)):
-        return {} if before == now else {prefix: [before, now]}
-    found: dict[str, list[Any]] = {}
-    for key in [*before, *(k for k in now if k not in before)]:
-        name = f"{prefix}.{key}" if prefix else key
-        found |= differences(before.get(key), now.get(key), name)
-    return found
 
 
 def _unwritable(run_dir: Path, error: OSError) -> UserError:

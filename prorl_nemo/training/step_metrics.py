@@ -123,7 +123,7 @@ def _mismatch_figures(recipe: Recipe, batch: TrainingBatch) -> dict[str, float]:
         return share
     positions = torch.cat([torch.arange(n) for n in lengths.tolist()])[fresh]
     old, engine = old[fresh], engine[fresh]
-    figures = mismatch_metrics(old, engine, weights)
+    figures = mismatch_metrics(old, engine)
     by_position = mismatch_by_position(old, engine, positions)
     return (
         {f"mismatch/{name}": value for name, value in figures.items()}
@@ -189,8 +189,9 @@ def model_flops(spec: ModelSpec, batch: TrainingBatch) -> float:
 
 def peak_flops(device: str) -> float | None:
     """Dense bf16 FLOP/s of a GPU by the name it gives itself; None where it is not known."""
-    found = (gpu.bf16_flops for name, gpu in GPUS.items() if name in device.lower())
-    return next(found, None)
+    named = [name for name in GPUS if name in device.lower()]
+    # The longest: a GB200 is no B200.
+    return GPUS[max(named, key=len)].bf16_flops if named else None
 
 
 def sample_rows(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from prorl_nemo.megatron.layout import ModelSpec
-from prorl_nemo.planning.hardware import GIB
+from prorl_nemo.planning.hardware import GIB, GPUS
 from prorl_nemo.planning.shapes import KNOWN
 from prorl_nemo.training.batch import TrainingBatch
 from prorl_nemo.training.step_metrics import hardware_figures, model_flops, peak_flops
@@ -63,3 +63,8 @@ def test_no_peak_no_mfu() -> None:
     assert "throughput/mfu" not in row and row["throughput/train_tflops"] > 0
     assert "throughput/train_tflops" not in hardware_figures(R1, batch([], 2, 5), 1.0, [("cpu", 1)])
     assert peak_flops("NVIDIA B200") == 2250e12 and peak_flops("NVIDIA L4") is None
+
+
+def test_the_peak_of_every_gpu_is_its_own() -> None:
+    for name, gpu in GPUS.items():
+        assert peak_flops(f"NVIDIA {name.upper()} 80GB HBM3") == gpu.bf16_flops

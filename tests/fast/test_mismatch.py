@@ -8,40 +8,35 @@ import pytest
 import torch
 
 from prorl_nemo.algorithms.mismatch import mismatch_by_position, mismatch_metrics
-from prorl_nemo.algorithms.policy_loss import ImportanceWeights
-
-NOTHING_OUT = ImportanceWeights(torch.ones(1), 0.0)
 
 
 def test_agreement() -> None:
     logprobs = torch.tensor([-1.0, -2.5, 0.0])
-    found = mismatch_metrics(logprobs, logprobs.clone(), NOTHING_OUT)
+    found = mismatch_metrics(logprobs, logprobs.clone())
     assert found == {
         "mean_abs": 0.0,
         "p99": 0.0,
         "token_mult_prob_error": 1.0,
         "gen_kl": 0.0,
-        "out_of_bounds_share": 0.0,
     }
 
 
 def test_by_hand() -> None:
     """The trainer finds one token twice and one half as likely as the engine did."""
     old = torch.tensor([math.log(2.0), -math.log(2.0)], dtype=torch.float64)
-    found = mismatch_metrics(old, torch.zeros(2).double(), ImportanceWeights(torch.ones(2), 0.25))
+    found = mismatch_metrics(old, torch.zeros(2).double())
     # float64 logarithms.
     assert found["mean_abs"] == pytest.approx(math.log(2), rel=1e-12)
     assert found["p99"] == pytest.approx(math.log(2), rel=1e-12)
     assert found["token_mult_prob_error"] == pytest.approx(2.0, rel=1e-12)
     assert found["gen_kl"] == pytest.approx((2 - 1 + 0.5 - 1) / 2, rel=1e-12)
-    assert found["out_of_bounds_share"] == 0.25
 
 
 def test_against_slow_reference() -> None:
     generator = torch.Generator().manual_seed(3)
     old = -torch.rand(257, generator=generator, dtype=torch.float64)
     engine = old + 0.3 * torch.randn(257, generator=generator, dtype=torch.float64)
-    found = mismatch_metrics(old, engine, NOTHING_OUT)
+    found = mismatch_metrics(old, engine)
     d = [a - b for a, b in zip(old.tolist(), engine.tolist(), strict=True)]
     assert found["mean_abs"] == pytest.approx(math.fsum(map(abs, d)) / 257, rel=1e-12)
     # Nearest rank: the smallest value that at least 99 % of 257 (255 values) do not exceed.
@@ -57,7 +52,7 @@ def test_gen_kl_estimates_engine_against_trainer() -> None:
     engine = torch.tensor([1.0, 0.0, -1.0], dtype=torch.float64).log_softmax(-1)
     trainer = torch.tensor([0.5, 0.4, -0.6], dtype=torch.float64).log_softmax(-1)
     mean = sum(
-        math.exp(e) * mismatch_metrics(t[None], e[None], NOTHING_OUT)["gen_kl"]
+        math.exp(e) * mismatch_metrics(t[None], e[None])["gen_kl"]
         for t, e in zip(trainer, engine, strict=True)
     )
     exact = (engine.exp() * (engine - trainer)).sum().item()
@@ -70,11 +65,11 @@ def test_one_token_in_a_hundred() -> None:
     for outliers, expected in ((1, 0.0), (2, 1.0)):
         engine = torch.zeros(100)
         engine[:outliers] = 1.0
-        assert mismatch_metrics(old, engine, NOTHING_OUT)["p99"] == expected
+        assert mismatch_metrics(old, engine)["p99"] == expected
 
 
 def test_hopeless_engine_stays_finite() -> None:
-    found = mismatch_metrics(torch.tensor([0.0]), torch.tensor([-1000.0]), NOTHING_OUT)
+    found = mismatch_metrics(torch.tensor([0.0]), torch.tensor([-1000.0]))
     assert all(math.isfinite(value) for value in found.values())
 
 
@@ -92,11 +87,11 @@ def test_positions() -> None:
 def test_refusals() -> None:
     good = torch.zeros(3)
     with pytest.raises(ValueError, match="finite"):
-        mismatch_metrics(good, good * math.nan, NOTHING_OUT)
+        mismatch_metrics(good, good * math.nan)
     with pytest.raises(ValueError, match="at least one token"):
-        mismatch_metrics(good[:0], good[:0], NOTHING_OUT)
+        mismatch_metrics(good[:0], good[:0])
     with pytest.raises(ValueError, match="float16"):
-        mismatch_metrics(good.half(), good, NOTHING_OUT)
+        mismatch_metrics(good.half(), good)
     with pytest.raises(ValueError, match="one shape"):
         mismatch_by_position(good, good, torch.arange(4))
     for edges in ([0, 5], [5, 5], [5, 3]):

@@ -14,7 +14,7 @@ from prorl_nemo.cli import app
 from prorl_nemo.errors import ModelError, UserError
 from prorl_nemo.planning.activations import Row
 from prorl_nemo.planning.hardware import GIB, GPUS
-from prorl_nemo.planning.layouts import RECOMPUTE, longest_response, room
+from prorl_nemo.planning.layouts import RECOMPUTE, room
 from prorl_nemo.planning.memory import trainer_memory
 from prorl_nemo.planning.plan import Assumptions, make_plan
 from prorl_nemo.planning.published import RUNS
@@ -251,7 +251,7 @@ def test_the_page_has_the_figures_of_the_real_recipes() -> None:
         low, high = plan.gpu_hours_range
         assert f"| `{name}.yaml` | {plan.gpu_hours:,.0f} | {low:,.0f} to {high:,.0f} |" in page
     policy = plan.recipe.policy
-    row = Row.largest(policy, plan.recipe.data.max_prompt_tokens, longest_response(plan.recipe))
+    row = Row.largest(policy, plan.recipe.data.max_prompt_tokens, plan.recipe.longest_response)
     peaks = [
         trainer_memory(plan.spec, policy.model_copy(update={"recompute": recompute}), row).peak
         for recompute in RECOMPUTE

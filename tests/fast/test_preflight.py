@@ -22,7 +22,7 @@ from prorl_nemo.megatron.layout import read_model_spec
 from prorl_nemo.recipe import Recipe, load_recipe, parse_recipe
 from prorl_nemo.training import host_memory, preflight
 from prorl_nemo.training.preflight import check_resources, checkpoint_bytes, required_bytes
-from prorl_nemo.training.run_dir import RESUMABLE, differences, open_run_dir
+from prorl_nemo.training.run_dir import RESUMABLE, open_run_dir
 
 GIB = 1 << 30
 # Parameters by hand: 2 layers of attention 8*2*(2*4 + 2*2) = 192 and feed-forward 3*8*16 = 384, and
@@ -266,17 +266,6 @@ def test_resumable_keys_exist() -> None:
         )
 
     assert set(RESUMABLE) <= dotted(recipe(Path()).model_dump(mode="json"))
-
-
-def test_differences_by_hand() -> None:
-    before = {"a": 1, "b": {"c": [1, 2], "d": None}, "e": {"f": 1}, "gone": 0}
-    now = {"a": 1, "b": {"c": [1, 3], "d": {"x": 1}}, "e": {"f": 1}, "new": 5}
-    assert differences(before, now) == {
-        "b.c": [[1, 2], [1, 3]],
-        "b.d": [None, {"x": 1}],
-        "gone": [0, None],
-        "new": [None, 5],
-    }
 
 
 @pytest.mark.parametrize("damage", ["", "name: [", "- 1", "name: small\nsed: 1\n"])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from prorl_nemo.errors import RecipeError
 from prorl_nemo.recipe import Recipe, load_recipe, parse_recipe
-from prorl_nemo.settings_file import Section, section_of
+from prorl_nemo.settings_file import Section, changed_keys, section_of
 from prorl_nemo.strict_yaml import YAMLError, dump_yaml, load_yaml
 
 MINIMAL: dict[str, Any] = {
@@ -34,12 +34,19 @@ def file(tmp_path: Path) -> Path:
 
 def test_committed_recipes_are_valid() -> None:
     found = sorted(Path(__file__).parents[2].glob("recipes/**/*.yaml"))
-    # These two are recipes of other commands, checked in test_pretraining and test_study.
+    # These two are recipes of other commands, checked in test_pretraining and test_study_plan.
     others = {"study/pretrain.yaml", "study/study.yaml"}
     found = [path for path in found if f"{path.parent.name}/{path.name}" not in others]
     assert found
     for path in found:
         load_recipe(path)
+
+
+def test_the_longest_response_is_a_stage_s_or_the_rollout_s() -> None:
+    raw = {**MINIMAL, "rollout": {"max_response_tokens": 64}, "shaping": {"overlong": None}}
+    for limits, longest in (([None, 16], 64), ([96, None], 96), ([8, 16], 16)):
+        stages = [{"steps": 1, "max_response_tokens": limit} for limit in limits]
+        assert parse_recipe({**raw, "stages": stages}).longest_response == longest
 
 
 def test_what_the_recipe_says_and_what_it_leaves_out(file: Path) -> None:
@@ -306,3 +313,14 @@ def test_every_key_is_described() -> None:
                 check(inner)
 
     check(Recipe)
+
+
+def test_changed_keys_by_hand() -> None:
+    before = {"a": 1, "b": {"c": [1, 2], "d": None}, "e": {"f": 1}, "gone": 0}
+    now = {"a": 1, "b": {"c": [1, 3], "d": {"x": 1}}, "e": {"f": 1}, "new": 5}
+    assert changed_keys(before, now) == {
+        "b.c": [[1, 2], [1, 3]],
+        "b.d": [None, {"x": 1}],
+        "gone": [0, None],
+        "new": [None, 5],
+    }

@@ -10,7 +10,7 @@ from prorl_nemo.data.chat import load_tokenizer
 from prorl_nemo.data.prompts import load_prompts
 from prorl_nemo.megatron.layout import check_layout, read_model_spec
 from prorl_nemo.planning.shapes import model_shape
-from prorl_nemo.recipe import load_recipe
+from prorl_nemo.recipe import load_recipe, parse_recipe
 from prorl_nemo.rewards.gold import gold_response
 from prorl_nemo.rewards.registry import grade
 from prorl_nemo.shrink import shrink, write_small_data
@@ -53,9 +53,7 @@ def test_recipes_shrink(path: Path, tmp_path: Path) -> None:
     for axis in ("tensor_parallel", "pipeline_parallel", "context_parallel"):
         assert (getattr(small.policy, axis) > 1) == (getattr(recipe.policy, axis) > 1)
     assert small.rollout.tensor_parallel == recipe.rollout.tensor_parallel == 1
-    limit = small.rollout.max_response_tokens
-    longest = max(stage.max_response_tokens or limit for stage in small.stages)
-    assert small.data.max_prompt_tokens + longest <= spec.max_positions
+    assert small.data.max_prompt_tokens + small.longest_response <= spec.max_positions
     # What the check is about stays the recipe's.
     assert small.algorithm.kl == recipe.algorithm.kl
     assert small.algorithm.advantage == recipe.algorithm.advantage
@@ -64,9 +62,7 @@ def test_recipes_shrink(path: Path, tmp_path: Path) -> None:
     assert small.reference_reset == recipe.reference_reset
     assert [s.name for s in small.stages] == [s.name for s in recipe.stages]
     assert bool(left_out) == bool(recipe.policy.fp8 or recipe.policy.attention == "flex")
-    assert [s.label for s in small.data.sources] == [
-        s.domain if s.kind == "built" else s.task for s in recipe.data.sources
-    ]
+    assert [s.label for s in small.data.sources] == [s.label for s in recipe.data.sources]
 
 
 def test_small_data_of_all_domains(tmp_path: Path) -> None:
@@ -84,7 +80,26 @@ def test_small_data_of_all_domains(tmp_path: Path) -> None:
             assert gold and grade(prompt.grading, gold).score == 1.0
 
 
+def test_tasks_of_a_domain_stay_apart(tmp_path: Path) -> None:
+    """A task of built data, the rest of its domain, and a stage that weighs one of the two."""
+    raw = {
+        "name": "tasks",
+        "model": "tiny-arithmetic",
+        "data": {
+            "sources": [
+                {"kind": "built", "domain": "math", "folder": "d"},
+                {"kind": "built", "domain": "math", "task": "deepscaler", "folder": "d"},
+            ]
+        },
+        "stages": [{"steps": 5}, {"steps": 5, "weights": {"deepscaler": 1.0}}],
+    }
+    small, _ = shrink(parse_recipe(raw), tmp_path)
+    prompts = load_prompts(small, load_tokenizer(Path(small.model)))
+    assert {prompt.task for prompt in prompts.validation} == {"small_math", "deepscaler"}
+    assert {prompts.stream.draw()[0].task for _ in range(4)} == {"small_math", "deepscaler"}
+
+
 def test_data_folder_must_be_new(tmp_path: Path) -> None:
-    write_small_data(tmp_path / "data", ["math"])
+    write_small_data(tmp_path / "data", {"math": ["small_math"]})
     with pytest.raises(FileExistsError):
-        write_small_data(tmp_path / "data", ["math"])
+        write_small_data(tmp_path / "data", {"math": ["small_math"]})

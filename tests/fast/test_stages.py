@@ -144,6 +144,24 @@ def test_the_next_stage_begins_with_no_best() -> None:
     assert stages.observe(6, 0.2)
 
 
+def test_the_next_stage_begins_with_no_best_where_the_last_step_is_not_validated() -> None:
+    """Validated every third step, stages of five: a score of the first is no mark for the second,
+    whose response limit may be another. As nemotron_1.5b/v1: a stage ends at 850, not at 840."""
+    stages = Stages([{"steps": 5}, {"steps": 30, "ends_when_stalled": 2}], DEFAULTS)
+    for step, score in ((3, 0.9), (6, 0.1), (9, 0.2), (12, 0.1)):
+        assert not stages.observe(step, score)
+    saved = json.loads(json.dumps(stages.state_dict()))
+    assert stages.observe(15, 0.2) and stages.total_steps == 15
+    resumed = Stages([{"steps": 5}, {"steps": 30, "ends_when_stalled": 2}], DEFAULTS)
+    resumed.load_state_dict(saved)
+    assert resumed.observe(15, 0.2)
+    # Written before checkpoints said which stage the best is of.
+    del saved["validated"]
+    resumed = Stages([{"steps": 5}, {"steps": 30, "ends_when_stalled": 2}], DEFAULTS)
+    resumed.load_state_dict(saved)
+    assert resumed.observe(15, 0.2)
+
+
 def test_without_the_condition_nothing_ends() -> None:
     stages = three()
     assert not any(stages.observe(step, -float(step)) for step in range(1, 7))
