@@ -1,8 +1,8 @@
 """Validation curves of some runs as an SVG: `python -m prorl_nemo.reporting.figure RUN...`
 
 Our choice: written by hand, so that a README gets a small file that follows the
-reader's light or dark theme. The band is two standard errors each side: of the
-mean over the validation's samples, not over seeds; each seed is drawn by itself.
+reader's light or dark theme. A run's band is two standard errors each side: of
+the mean over the validation's samples, not over seeds; each seed is drawn by itself.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from html import escape
 from pathlib import Path
 
 from prorl_nemo.errors import UserError
-from prorl_nemo.reporting.run import Run, number, read_run
+from prorl_nemo.reporting.run import Run, read_run
+from prorl_nemo.training.metrics import number
 
 WIDTH, HEIGHT = 860, 400  # pixels
 LEFT, RIGHT, TOP, BOTTOM = 52, 190, 52, 344  # edges of the plot; names stand right of it
@@ -34,13 +35,13 @@ text { font: 12px system-ui, -apple-system, "Segoe UI", Roboto, Helvetica, Arial
  .name { fill: var(--c) }
 }"""  # noqa: E501
 
-Point = tuple[int, float, float]  # step, mean, standard error
+Point = tuple[int, float, float]  # step, mean, half the band's width
 
 
 def validation_points(run: Run) -> list[Point]:
-    """(step, mean, standard error) of every validation; an unknown error counts as 0."""
+    """(step, mean, two standard errors) of every validation; an unknown error counts as 0."""
     return [
-        (row["step"], mean, number(row.get("validation/stderr")) or 0.0)
+        (row["step"], mean, 2 * (number(row.get("validation/stderr")) or 0.0))
         for row in run.validation
         if (mean := number(row.get("validation/mean"))) is not None
     ]
@@ -61,8 +62,8 @@ def draw(curves: Sequence[tuple[str, Sequence[Point]]], title: str) -> str:
     """The figure as SVG text. `curves`: (name, points), each with at least one point."""
     points = [point for _, curve in curves for point in curve]
     last_step = max(max(step for step, _, _ in points), 1)
-    low = min(mean - 2 * error for _, mean, error in points)
-    high = max(mean + 2 * error for _, mean, error in points)
+    low = min(mean - half for _, mean, half in points)
+    high = max(mean + half for _, mean, half in points)
     if 0 <= low < 0.4 * high:
         low = 0.0
     high = max(high + 0.05 * (high - low), low + 1e-9)
@@ -87,8 +88,8 @@ def draw(curves: Sequence[tuple[str, Sequence[Point]]], title: str) -> str:
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, BOTTOM + 42, "training step", "middle"))
     labels = _spread([y(curve[-1][1]) for _, curve in curves])
     for i, ((name, curve), label) in enumerate(zip(curves, labels, strict=True)):
-        upper = [(x(s), y(m + 2 * e)) for s, m, e in curve]
-        lower = [(x(s), y(m - 2 * e)) for s, m, e in reversed(curve)]
+        upper = [(x(s), y(m + half)) for s, m, half in curve]
+        lower = [(x(s), y(m - half)) for s, m, half in reversed(curve)]
         end_step, end, _ = curve[-1]
         parts += [
             f'<g class="c{i % COLOURS}">',

@@ -22,6 +22,7 @@ from prorl_nemo.training.metrics import (
     METRICS,
     Row,
     iter_rows,
+    number,
     read_rows,
     sample_steps,
     samples_path,
@@ -53,13 +54,23 @@ class Run:
 
     @property
     def total_steps(self) -> int | None:
-        """Steps the recipe asks for; None where it does not say."""
+        """Steps the recipe asks for, less those by which stages ended early; None where it does
+        not say."""
         stages = self.recipe.get("stages")
         if not isinstance(stages, list):
             return None
         steps = [stage.get("steps") if isinstance(stage, dict) else None for stage in stages]
         known = [count for count in steps if isinstance(count, int)]
-        return sum(known) if len(known) == len(steps) else None
+        return (
+            sum(known) - sum(map(_saved_steps, self.events)) if len(known) == len(steps) else None
+        )
+
+
+def _saved_steps(event: Row) -> int:
+    """Steps that an early end of a stage took from the run."""
+    planned, step = event.get("planned_last_step"), event.get("step")
+    early = event.get("event") == "stage_ended"
+    return planned - step if early and isinstance(planned, int) and isinstance(step, int) else 0
 
 
 def read_run(run_dir: Path, with_samples: bool = True) -> Run:
@@ -113,9 +124,9 @@ def stages(run: Run) -> list[dict[str, Any]]:
     steps = [row["step"] for row in run.train]
     by_step = {row["step"]: row for row in run.train}
     found = []
-    for first, last, number in spans(steps, [row.get("stage") for row in run.train]):
-        if number is not None:
-            name = str(by_step[first].get("stage_name") or f"stage {number}")
+    for first, last, index in spans(steps, [row.get("stage") for row in run.train]):
+        if index is not None:
+            name = str(by_step[first].get("stage_name") or f"stage {index}")
             limit = compact(by_step[first].get("rollout/response_limit"))
             found.append({"from": first, "to": last, "name": name, "limit": limit})
     return found
@@ -200,16 +211,6 @@ def setting_differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     keys = dict.fromkeys(key for settings in flat for key in settings)
     table = [(key, [settings.get(key, "-") for settings in flat]) for key in keys]
     return [(key, values) for key, values in table if len(set(values)) > 1]
-
-
-def number(value: Any) -> float | None:
-    """The value if it is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return value if math.isfinite(value) else None
-    except OverflowError:
-        return None
 
 
 def compact(value: Any, digits: int = DIGITS) -> float | None:

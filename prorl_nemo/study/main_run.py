@@ -47,9 +47,8 @@ def main_blocks(runs: Runs) -> list[Block]:
     names = _names(results[0])
     seeds = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
     points = {name: curve(results, key) for key, name in names.items()}
-    # `draw` doubles what it takes for a standard error.
     curves = [
-        (name, [(step, found.mean, (found.half_width or 0.0) / 2) for step, found in of_name])
+        (name, [(step, found.mean, found.half_width or 0.0) for step, found in of_name])
         for name, of_name in points.items()
         if of_name
     ]

@@ -13,7 +13,8 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from prorl_nemo.training.live_text import duration, number, show, sparkline
+from prorl_nemo.training.live_text import duration, show, sparkline
+from prorl_nemo.training.metrics import number
 from prorl_nemo.training.watched import Watched
 
 STOP_HINT = "Ctrl-C saves a checkpoint and stops; the same command goes on from there"

@@ -12,6 +12,8 @@ from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
+from prorl_nemo.training.metrics import number
+
 Row = Mapping[str, Any]
 
 DASH = "–"  # noqa: RUF001 - the typographic dash stands for a missing figure
@@ -68,15 +70,6 @@ def clock_of(event: Row) -> str:
     with suppress(OverflowError, OSError, ValueError):
         return time.strftime("%H:%M", time.localtime(number(event.get("time"))))
     return "--:--"
-
-
-def number(value: Any) -> float | None:
-    """The value if it is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    with suppress(OverflowError):  # an int beyond float's range
-        return float(value) if math.isfinite(value) else None
-    return None
 
 
 def show(row: Row, key: str, spec: str) -> str:

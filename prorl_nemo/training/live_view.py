@@ -18,7 +18,8 @@ from rich.spinner import Spinner
 from setproctitle import setproctitle
 
 from prorl_nemo.training.live_panel import panel
-from prorl_nemo.training.live_text import Row, duration, number, printable, show
+from prorl_nemo.training.live_text import Row, duration, printable, show
+from prorl_nemo.training.metrics import number
 from prorl_nemo.training.watched import Watched
 
 QUIET = ("reset_decision",)  # one a step
@@ -64,6 +65,11 @@ class LiveView:
                 else:
                     self._seen.take_step(row)
             self._seen.step_ends.clear()  # the pause of a restart is not the time of a step
+
+    def plan(self, total_steps: int) -> None:
+        """Steps of the whole run, which an early end of a stage makes fewer."""
+        with self._lock:
+            self._seen.total = total_steps
 
     def phase(self, name: str, total: float | None = None) -> None:
         """A phase begins; `total` is what `progress` counts towards, if it is known."""

@@ -11,16 +11,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 from prorl_nemo.recipe import Recipe
-from prorl_nemo.rollout.dynamic_sampler import DynamicSampler
+from prorl_nemo.rollout.dynamic_sampler import DynamicSampler, RolloutBatch
 from prorl_nemo.rollout.filling import Progress
 from prorl_nemo.rollout.fleet import FleetError
 from prorl_nemo.rollout.group_collector import Sampling
 from prorl_nemo.rollout.prompt_history import PromptHistory
 from prorl_nemo.schedule.collapse import CollapseWatch
 from prorl_nemo.schedule.mismatch_watch import MismatchWatch
+from prorl_nemo.schedule.stages import StageSettings
 from prorl_nemo.training import resuming, step_metrics
 from prorl_nemo.training.batch import StepSettings, TrainingBatch
 from prorl_nemo.training.live_view import LiveView
@@ -37,6 +38,15 @@ from prorl_nemo.training.tracking import Tracker
 from prorl_nemo.training.validation import validation_row
 
 UPDATE_PHASES = ("logprobs", "reference", "train", "sync", "validate")
+
+
+class Learned(NamedTuple):
+    """What a step's updates leave behind: its settings, what was sampled, its metrics row."""
+
+    stage: StageSettings
+    rollout: RolloutBatch
+    batch: TrainingBatch
+    row: dict[str, Any]
 
 
 class Trainer:
@@ -105,6 +115,7 @@ class Trainer:
             FleetError: engines fail again and again, or with wrong weights; saved.
             SaveFailed: the last checkpoint could not be written.
         """
+        self.view.plan(self.stages.total_steps)  # Resumed, stages may have ended early.
         try:
             if self.step == 0 and self.recipe.validation.at_start and self.validated_step < 0:
                 self.validate()
@@ -129,10 +140,22 @@ class Trainer:
         # a step's row carries the time of the save before it.
         self.times = {"checkpoint": self.saver.blocked_seconds}
         self.saver.blocked_seconds = 0.0
-        stage = self.stages.at(step)
         self._announce(step)
-        cosine = self.rules.cosine(step)
+        learned = self._learn(step, self.stages.at(step))
+        self.step = step
+        new_best = self._account(learned, started)
+        self.updating = False
+        self.update_seconds = sum(self.times.get(phase, 0.0) for phase in UPDATE_PHASES)
+        if self.engines_lost:
+            raise self.engines_lost
+        due = step % self.recipe.checkpoint.interval == 0
+        keep = new_best and self.recipe.checkpoint.keep_best
+        if due or keep or step == self.stages.total_steps:
+            self.save()
 
+    def _learn(self, step: int, stage: StageSettings) -> Learned:
+        """The algorithm: sample, shape and normalise, update, give the engines the weights."""
+        cosine = self.rules.cosine(step)
         with self._phase("generate", self.recipe.rollout.prompts_per_step):
             self._forget_prefixes()
             rollout = self.sampler.sample_batch(
@@ -151,13 +174,16 @@ class Trainer:
         self.log.samples(step, step_metrics.sample_rows(step, rollout, outcome))
         self.updating = True
         records = self._update(batch, settings) if batch.groups else []
-        self.step = step
-
         row = step_metrics.train_row(self.recipe, step, stage, rollout, outcome, batch, records)
         row |= {
             "policy/learning_rate": settings.learning_rate,
             "shaping/cosine_on": int(cosine is not None),
         }
+        return Learned(stage, rollout, batch, row)
+
+    def _account(self, learned: Learned, started: float) -> bool:
+        """Validate, decide on a reset, write the step's row, warn. Whether it is a new best."""
+        step, stage, rollout, batch, row = self.step, *learned
         for source, share in self.session.prompts.stream.drawn_shares.items():
             row[f"rollout/drawn/{source}"] = share
         due = step % self.recipe.validation.interval == 0 or step == self.stages.total_steps
@@ -180,14 +206,7 @@ class Trainer:
             self.event("collapse_warning", **asdict(warning))
         if mismatch := self.mismatch.observe(step, row):
             self.event("mismatch_warning", **asdict(mismatch))
-        self.updating = False
-        self.update_seconds = sum(self.times.get(phase, 0.0) for phase in UPDATE_PHASES)
-        if self.engines_lost:
-            raise self.engines_lost
-        new_best = decision.new_best and self.recipe.checkpoint.keep_best
-        due = step % self.recipe.checkpoint.interval == 0
-        if due or new_best or step == self.stages.total_steps:
-            self.save()
+        return decision.new_best
 
     def _update(self, batch: TrainingBatch, settings: StepSettings) -> list[dict[str, float]]:
         policy = self.session.policy
@@ -251,6 +270,7 @@ class Trainer:
         stage = self.stages.at(self.step)
         if mean is not None and self.stages.observe(self.step, mean):
             self.event("stage_ended", stage=stage.index, planned_last_step=stage.last_step)
+            self.view.plan(self.stages.total_steps)
 
     # ---- state ----------------------------------------------------------------------------
 

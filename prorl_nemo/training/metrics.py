@@ -210,7 +210,7 @@ def iter_rows(path: Path) -> Iterator[Row]:
         return
     damaged = 0
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        for at, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             if damaged:
@@ -220,7 +220,7 @@ def iter_rows(path: Path) -> Iterator[Row]:
                 )
             row = _parse(line)
             if row is None:
-                damaged = number
+                damaged = at
             else:
                 yield row
 
@@ -234,6 +234,15 @@ def sample_steps(run_dir: Path) -> list[int]:
     """Steps whose samples were kept, ascending."""
     found = (_SAMPLES_NAME.fullmatch(path.name) for path in (run_dir / "samples").glob("step_*"))
     return sorted(int(match[1]) for match in found if match)
+
+
+def number(value: Any) -> float | None:
+    """A figure of a row if it is a finite number that a float can hold, else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    with suppress(OverflowError):  # an int beyond float's range
+        return value if math.isfinite(value) else None
+    return None
 
 
 def plain(value: Any) -> Any:

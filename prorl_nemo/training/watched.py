@@ -10,11 +10,11 @@ from prorl_nemo.training.live_text import (
     Row,
     clock_of,
     describe_event,
-    number,
     printable,
     show,
     stage_of,
 )
+from prorl_nemo.training.metrics import number
 
 RECENT_STEPS = 20  # enough to smooth validations and checkpoints into the time left
 EVENTS_SHOWN = 4

@@ -11,6 +11,7 @@ import errno
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from prorl_nemo.data.mixture import PromptStream
 from prorl_nemo.data.prompts import RunPrompts
 from prorl_nemo.recipe import Recipe, load_recipe
 from prorl_nemo.records import Prompt
+from prorl_nemo.reporting.run import read_run
 from prorl_nemo.training.batch import StepSettings, TrainingBatch
 from prorl_nemo.training.live_view import LiveView
 from prorl_nemo.training.loop import Trainer
@@ -237,11 +239,18 @@ def test_kl_is_zero_right_after_a_reset(tmp_path: Path) -> None:
     assert kl[8] > 0
 
 
-def test_a_stage_that_stalls_ends_early_and_the_next_opens_with_a_reset(tmp_path: Path) -> None:
+def test_a_stage_that_stalls_ends_early_and_the_next_opens_with_a_reset(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = resets(tmp_path, "alone", EARLY_END)
     run_alone(recipe)
     (ended,) = events(recipe, "stage_ended")
     assert ended["planned_last_step"] == 30
+    # Report and terminal count to the last step there is.
+    last = figures(recipe)[-1]["step"]
+    assert last == recipe.total_steps - (30 - ended["step"]) < recipe.total_steps
+    assert replace(read_run(recipe.run_dir), recipe=recipe.model_dump()).total_steps == last
+    assert f"[{last}/{last}]" in capsys.readouterr().out
     started = [event["step"] for event in events(recipe, "stage_started")]
     first = ended["step"]
     assert started == [1, first + 1, first + 11]
