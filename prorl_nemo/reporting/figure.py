@@ -35,16 +35,17 @@ text { font: 12px system-ui, -apple-system, "Segoe UI", Roboto, Helvetica, Arial
  .name { fill: var(--c) }
 }"""  # noqa: E501
 
-Point = tuple[int, float, float]  # step, mean, half the band's width
+Point = tuple[int, float, float, float]  # step, mean, lower and upper edge of the band
 
 
 def validation_points(run: Run) -> list[Point]:
-    """(step, mean, two standard errors) of every validation; an unknown error counts as 0."""
-    return [
-        (row["step"], mean, 2 * (number(row.get("validation/stderr")) or 0.0))
-        for row in run.validation
-        if (mean := number(row.get("validation/mean"))) is not None
-    ]
+    """Every validation, two standard errors each side; an unknown error counts as 0."""
+    found = []
+    for row in run.validation:
+        if (mean := number(row.get("validation/mean"))) is not None:
+            half = 2 * (number(row.get("validation/stderr")) or 0.0)
+            found.append((row["step"], mean, mean - half, mean + half))
+    return found
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:
@@ -61,9 +62,9 @@ def ticks(low: float, high: float, count: int) -> list[float]:
 def draw(curves: Sequence[tuple[str, Sequence[Point]]], title: str) -> str:
     """The figure as SVG text. `curves`: (name, points), each with at least one point."""
     points = [point for _, curve in curves for point in curve]
-    last_step = max(max(step for step, _, _ in points), 1)
-    low = min(mean - half for _, mean, half in points)
-    high = max(mean + half for _, mean, half in points)
+    last_step = max(max(step for step, *_ in points), 1)
+    low = min(lower for _, _, lower, _ in points)
+    high = max(upper for *_, upper in points)
     if 0 <= low < 0.4 * high:
         low = 0.0
     high = max(high + 0.05 * (high - low), low + 1e-9)
@@ -88,13 +89,13 @@ def draw(curves: Sequence[tuple[str, Sequence[Point]]], title: str) -> str:
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, BOTTOM + 42, "training step", "middle"))
     labels = _spread([y(curve[-1][1]) for _, curve in curves])
     for i, ((name, curve), label) in enumerate(zip(curves, labels, strict=True)):
-        upper = [(x(s), y(m + half)) for s, m, half in curve]
-        lower = [(x(s), y(m - half)) for s, m, half in reversed(curve)]
-        end_step, end, _ = curve[-1]
+        upper = [(x(s), y(edge)) for s, _, _, edge in curve]
+        lower = [(x(s), y(edge)) for s, _, edge, _ in reversed(curve)]
+        end_step, end, *_ = curve[-1]
         parts += [
             f'<g class="c{i % COLOURS}">',
             f'<path class="band" d="{_path([*upper, *lower])}Z"/>',
-            f'<path class="curve" d="{_path([(x(s), y(m)) for s, m, _ in curve])}"/>',
+            f'<path class="curve" d="{_path([(x(s), y(m)) for s, m, *_ in curve])}"/>',
             f'<circle class="dot" cx="{x(end_step):.1f}" cy="{y(end):.1f}" r="3.2"/>',
             f'<text class="name" x="{x(end_step) + 10:.1f}" y="{label + 4:.1f}">'
             f"{end:.3f} {escape(_short(name))}</text>",

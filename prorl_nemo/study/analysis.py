@@ -37,6 +37,11 @@ class Estimate:
     half_width: float | None
     runs: int
 
+    def within(self, low: float, high: float) -> tuple[float, float]:
+        """The interval's ends, cut where the figure cannot be: a score is in [0, 1]."""
+        half = self.half_width or 0.0
+        return max(self.mean - half, low), min(self.mean + half, high)
+
     def __str__(self) -> str:
         spread = "" if self.half_width is None else f" ± {self.half_width:.3f}"
         return f"{self.mean:.3f}{spread}"

@@ -48,7 +48,7 @@ def main_blocks(runs: Runs) -> list[Block]:
     seeds = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
     points = {name: curve(results, key) for key, name in names.items()}
     curves = [
-        (name, [(step, found.mean, found.half_width or 0.0) for step, found in of_name])
+        (name, [(step, found.mean, *found.within(0.0, 1.0)) for step, found in of_name])
         for name, of_name in points.items()
         if of_name
     ]

@@ -50,7 +50,9 @@ def path_of(element: ElementTree.Element) -> list[tuple[float, float]]:
 def test_curve_and_band_by_hand() -> None:
     """Scores 0.2 to 0.8 with bands of 0.1 each side: zero is near 0.1, so the axis runs from 0 to
     0.9 + 5% of 0.9 = 0.945."""
-    root = ElementTree.fromstring(draw([("seed 1", [(0, 0.2, 0.1), (100, 0.8, 0.1)])], "a < b"))
+    root = ElementTree.fromstring(
+        draw([("seed 1", [(0, 0.2, 0.1, 0.3), (100, 0.8, 0.7, 0.9)])], "a < b")
+    )
     height = BOTTOM - TOP
     y = {value: BOTTOM - value / 0.945 * height for value in (0.1, 0.2, 0.3, 0.7, 0.8, 0.9)}
     group = root.find(f"{SVG}g")
@@ -79,7 +81,8 @@ def test_several_runs_make_one_figure(tmp_path: Path) -> None:
         run_with(tmp_path / f"<seed>&{i}", [(0, 0.1 * i, 0.01), (10, None, 0.0), (20, 0.5, 0.01)])
         for i in range(3)
     ]
-    assert validation_points(read_run(dirs[1])) == [(0, 0.1, 0.02), (20, 0.5, 0.02)]
+    flat = [value for point in validation_points(read_run(dirs[1])) for value in point]
+    assert flat == pytest.approx([0, 0.1, 0.08, 0.12, 20, 0.5, 0.48, 0.52])
     out = tmp_path / "deep" / "fig.svg"
     assert main([*map(str, dirs), "--out", str(out), "--title", "Three seeds"]) == 0
     text = out.read_text("utf-8")
@@ -90,7 +93,7 @@ def test_several_runs_make_one_figure(tmp_path: Path) -> None:
 
 
 def test_one_point_and_equal_points_are_drawn() -> None:
-    for points in ([(0, 0.0, 0.0)], [(0, 0.3, 0.0), (5, 0.3, 0.0)]):
+    for points in ([(0, 0.0, 0.0, 0.0)], [(0, 0.3, 0.3, 0.3), (5, 0.3, 0.3, 0.3)]):
         assert "nan" not in draw([("r", points)], "t").lower()
 
 

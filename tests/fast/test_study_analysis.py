@@ -60,6 +60,12 @@ def test_intervals_of_many_runs_are_students_too(runs: int, quantile: float) -> 
     assert half_width is not None and half_width / error == pytest.approx(quantile, abs=0.003)
 
 
+def test_an_interval_ends_where_the_figure_does() -> None:
+    assert Estimate(0.5, 0.2, 3).within(0.0, 1.0) == pytest.approx((0.3, 0.7))
+    assert Estimate(0.5, 4.0, 2).within(0.0, 1.0) == (0.0, 1.0)
+    assert Estimate(0.5, None, 1).within(0.0, 1.0) == (0.5, 0.5)
+
+
 def test_difference_is_paired_by_seed() -> None:
     found = difference({1: 0.5, 2: 0.7, 4: 0.9}, {1: 0.4, 2: 0.6, 3: 0.0})
     assert found is not None and found.runs == 2
