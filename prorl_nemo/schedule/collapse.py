@@ -3,16 +3,17 @@
 A collapsing policy shows it first in entropy (no exploration, or noise), in length and
 truncation (it no longer ends), and in repetition, often hundreds of steps before validation falls
 (ProRL, arXiv 2505.24864, section 4.2, on run 3). The thresholds are our choice: a figure is held
-against the median of its own last steps, since what is usual differs by model and stage.
+against its own last steps (`usual`), since what is usual differs by model and stage.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from prorl_nemo.schedule.usual import Usual, UsualRange
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Limit:
     """How far a figure may go.
 
     Attributes:
-        above, below: factors of the median beyond which it warns; None: never.
+        above, below: factors of the median that are usual in any case; None: any value is.
         floor: values at or below it are never too high.
     """
 
@@ -51,13 +52,13 @@ class CollapseWatch:
     """Watches the figures of each step.
 
     Args:
-        window: steps the median is taken over; nothing is judged before it is full.
+        window: steps that say what is usual; nothing is judged before it is full.
         pause: steps in which a figure that has warned is silent.
     """
 
     def __init__(self, window: int = 20, pause: int = 20) -> None:
-        self.window, self.pause = window, pause
-        self._history: dict[str, list[float]] = {}
+        self.pause = pause
+        self._range = UsualRange(window, enough=window)
         self._warned: dict[str, int] = {}
 
     def observe(self, step: int, row: Mapping[str, Any]) -> list[CollapseWarning]:
@@ -69,42 +70,32 @@ class CollapseWatch:
                 continue
             if not math.isfinite(value):
                 continue
-            history = self._history.setdefault(figure, [])
-            if len(history) == self.window:
-                warning = self._judge(figure, float(value), statistics.median(history), limit)
-                quiet = step - self._warned.get(figure, step - self.pause - 1) <= self.pause
-                if warning and not quiet:
-                    self._warned[figure] = step
-                    found.append(warning)
-            history.append(float(value))
-            del history[: -self.window]
+            usual = self._range.of(figure)
+            warning = _judge(figure, float(value), usual, limit) if usual else None
+            stays = self._range.take(figure, float(value), warning is not None)
+            quiet = step - self._warned.get(figure, step - self.pause - 1) <= self.pause
+            if warning and stays and not quiet:
+                self._warned[figure] = step
+                found.append(warning)
         return found
 
     def new_stage(self) -> None:
         """Forget what was usual: another limit or temperature has its own."""
-        self._history.clear()
+        self._range.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """The whole state, JSON-able."""
-        return {
-            "history": {figure: list(values) for figure, values in self._history.items()},
-            "warned": dict(self._warned),
-        }
+        return {"range": self._range.state_dict(), "warned": dict(self._warned)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state."""
-        self._history = {figure: list(values) for figure, values in state["history"].items()}
+        self._range.load_state_dict(state["range"])
         self._warned = dict(state["warned"])
 
-    def _judge(
-        self, figure: str, value: float, usual: float, limit: Limit
-    ) -> CollapseWarning | None:
-        if limit.above is not None:
-            most = max(limit.above * usual, limit.floor)
-            if value > most:
-                return CollapseWarning(figure, value, usual, most)
-        if limit.below is not None:
-            least = limit.below * usual
-            if value < least:
-                return CollapseWarning(figure, value, usual, least)
-        return None
+
+def _judge(figure: str, value: float, usual: Usual, limit: Limit) -> CollapseWarning | None:
+    if limit.above is not None and value > (most := usual.most(limit.above, limit.floor)):
+        return CollapseWarning(figure, value, usual.median, most)
+    if limit.below is not None and value < (least := usual.least(limit.below)):
+        return CollapseWarning(figure, value, usual.median, least)
+    return None

@@ -1,10 +1,10 @@
 """Warns when engine and trainer drift apart, and says where to look.
 
 The figures are those of `algorithms.mismatch`. What is usual differs by precision, model and
-temperature, so each is held against the median of its own last steps (our choice); one limit is
-absolute, because a run may be wrong from its first step on. The causes are those reported by users
-of several frameworks: log-probs before temperature, a tied output head left stale, a rotary
-embedding that is wrong at long positions, fused kernels.
+temperature, so each is held against its own last steps (`usual`, our choice); one limit is
+absolute and told at once, because a run may be wrong from its first step on. The causes are those
+reported by users of several frameworks: log-probs before temperature, a tied output head left
+stale, a rotary embedding that is wrong at long positions, fused kernels.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from prorl_nemo.schedule.usual import UsualRange
 
 FIGURES = ("mismatch/mean_abs", "mismatch/p99", "mismatch/gen_kl", "mismatch/out_of_bounds_share")
 GROWTH = "mismatch/growth"
@@ -30,8 +32,8 @@ FLOORS = {
 }
 """Values at or below these are never a reason to warn: ten times what fp32 shows."""
 
-ENOUGH = 5
-"""Steps before a median is believed."""
+ENOUGH = 10
+"""Steps before a median and a spread are believed."""
 
 POSITION = (
     "it grows with the position: the engine's rotary embedding (its custom op, scaling of long "
@@ -66,13 +68,13 @@ class MismatchWatch:
     """Watches the mismatch of each step.
 
     Args:
-        window: steps the median is taken over.
+        window: steps that say what is usual.
         pause: steps after a warning in which there is none.
     """
 
     def __init__(self, window: int = 20, pause: int = 20) -> None:
-        self.window, self.pause = window, pause
-        self._history: dict[str, list[float]] = {}
+        self.pause = pause
+        self._range = UsualRange(window, ENOUGH)
         self._warned: int | None = None
 
     def observe(self, step: int, row: Mapping[str, Any]) -> MismatchWarning | None:
@@ -82,49 +84,47 @@ class MismatchWatch:
             for figure in (*FIGURES, GROWTH)
             if isinstance(row.get(figure), int | float) and math.isfinite(row[figure])
         }
-        warning = self._judge(values)
-        for figure, value in values.items():
-            history = self._history.setdefault(figure, [])
-            history.append(value)
-            del history[: -self.window]
-        if warning is None or (self._warned is not None and step - self._warned <= self.pause):
+        warnings = [
+            warning
+            for figure in FIGURES
+            if figure in values and (warning := self._take(figure, values))
+        ]
+        if GROWTH in values:
+            self._range.take(GROWTH, values[GROWTH], beyond=False)
+        if not warnings or (self._warned is not None and step - self._warned <= self.pause):
             return None
         self._warned = step
-        return warning
+        return warnings[0]
 
     def state_dict(self) -> dict[str, Any]:
         """The whole state, JSON-able."""
-        return {"history": {k: list(v) for k, v in self._history.items()}, "warned": self._warned}
+        return {"range": self._range.state_dict(), "warned": self._warned}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state."""
-        self._history = {k: list(v) for k, v in state["history"].items()}
+        self._range.load_state_dict(state["range"])
         self._warned = state["warned"]
 
-    def _judge(self, values: Mapping[str, float]) -> MismatchWarning | None:
-        for figure in FIGURES:
-            value, usual = values.get(figure), self._usual(figure)
-            if value is None:
-                continue
-            limit = max(FACTOR * usual, FLOORS[figure]) if usual is not None else math.inf
-            if figure == "mismatch/mean_abs":
-                limit = min(limit, FAULT)
-            if value > limit:
-                return MismatchWarning(figure, value, usual, limit, self._causes(figure, values))
-        return None
-
-    def _usual(self, figure: str) -> float | None:
-        history = self._history.get(figure, [])
-        return statistics.median(history) if len(history) >= ENOUGH else None
+    def _take(self, figure: str, values: Mapping[str, float]) -> MismatchWarning | None:
+        value, usual = values[figure], self._range.of(figure)
+        limit = usual.most(FACTOR, FLOORS[figure]) if usual else math.inf
+        if figure == "mismatch/mean_abs":
+            limit = min(limit, FAULT)
+        causes = self._causes(figure, values)
+        stays = self._range.take(figure, value, beyond=value > limit)
+        at_once = figure == "mismatch/mean_abs" and value > FAULT
+        if not stays and not at_once:
+            return None
+        return MismatchWarning(figure, value, usual.median if usual else None, limit, causes)
 
     def _causes(self, figure: str, values: Mapping[str, float]) -> list[str]:
         causes = []
-        usual_growth = self._usual(GROWTH)
-        if values.get(GROWTH, 1.0) > FACTOR * (usual_growth if usual_growth is not None else 1.0):
+        growth, usual = self._range.of(GROWTH), self._range.of(figure)
+        if values.get(GROWTH, 1.0) > FACTOR * (growth.median if growth else 1.0):
             causes.append(POSITION)
-        history, usual = self._history.get(figure, []), self._usual(figure)
-        if usual is None:
+        before = self._range.before(figure, 3)
+        if usual is None or not before:
             return [*causes, TEMPERATURE, STALE]
-        # The last steps before this one tell a jump from a slow rise.
-        risen = statistics.fmean(history[-3:]) > 1.3 * usual
+        # The steps before tell a jump from a slow rise.
+        risen = statistics.fmean(before) > 1.3 * usual.median
         return [*causes, PRECISION, STALE] if risen else [*causes, STALE, PRECISION]

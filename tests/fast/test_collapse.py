@@ -41,7 +41,8 @@ def quiet(watch: CollapseWatch, steps: range) -> None:
 def test_each_figure_warns_just_beyond_its_limit(figure: str, value: float, limit: float) -> None:
     watch = CollapseWatch(window=5, pause=3)
     quiet(watch, range(1, 6))
-    (warning,) = watch.observe(6, row() | {figure: value})
+    assert watch.observe(6, row() | {figure: value}) == []  # Once may be chance.
+    (warning,) = watch.observe(7, row() | {figure: value})
     assert (warning.figure, warning.value) == (figure, value)
     assert warning.usual == row()[figure]
     assert warning.limit == pytest.approx(limit, rel=1e-12)
@@ -50,6 +51,7 @@ def test_each_figure_warns_just_beyond_its_limit(figure: str, value: float, limi
     fresh = CollapseWatch(window=5, pause=3)
     quiet(fresh, range(1, 6))
     assert fresh.observe(6, row() | {figure: inside}) == []
+    assert fresh.observe(7, row() | {figure: inside}) == []
 
 
 def test_a_figure_that_has_warned_is_silent_for_a_while() -> None:
@@ -57,7 +59,7 @@ def test_a_figure_that_has_warned_is_silent_for_a_while() -> None:
     quiet(watch, range(1, 21))
     heard = [step for step in range(21, 51) if watch.observe(step, row(policy__entropy=0.01))]
     # From step 32 on more than half of the last twenty are 0.01 themselves: it is usual now.
-    assert heard == [21, 25, 29]
+    assert heard == [22, 26, 30]
 
 
 def test_nothing_is_judged_before_the_window_is_full_nor_after_a_new_stage() -> None:
@@ -78,7 +80,7 @@ def test_absent_and_non_finite_figures_are_passed_over() -> None:
 
 def test_a_resumed_watch_warns_as_an_unbroken_one() -> None:
     rng = random.Random(3)
-    rows = [{figure: rng.lognormvariate(0, 1) for figure in LIMITS} for _ in range(200)]
+    rows = [{figure: rng.lognormvariate(0, 1) for figure in LIMITS} for _ in range(400)]
     whole, broken = CollapseWatch(window=7, pause=5), CollapseWatch(window=7, pause=5)
     heard = 0
     for step, figures in enumerate(rows, start=1):

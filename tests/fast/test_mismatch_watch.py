@@ -40,10 +40,11 @@ def usual(watch: MismatchWatch, steps: int = 20, mean: float = 0.02) -> None:
 def test_a_jump_names_the_weights_first() -> None:
     watch = MismatchWatch()
     usual(watch)
-    warning = watch.observe(20, row(0.09))
+    assert watch.observe(20, row(0.09)) is None  # Once may be chance.
+    warning = watch.observe(21, row(0.09))
     assert warning is not None
     assert warning.figure == "mismatch/mean_abs"
-    # The median of 20 values within a fifth of 0.02.
+    # The median of 20 values, 19 of them within a fifth of 0.02.
     assert warning.usual == pytest.approx(0.02, rel=0.1)
     assert warning.limit == pytest.approx(2 * (warning.usual or 0))
     assert warning.causes == [STALE, PRECISION]
@@ -52,7 +53,8 @@ def test_a_jump_names_the_weights_first() -> None:
 def test_growth_with_the_position_names_the_position_first() -> None:
     watch = MismatchWatch()
     usual(watch)
-    warning = watch.observe(20, row(0.05, growth=12.0))
+    watch.observe(20, row(0.05, growth=12.0))
+    warning = watch.observe(21, row(0.05, growth=12.0))
     assert warning is not None
     assert warning.causes[0] == POSITION
 
@@ -86,19 +88,30 @@ def test_fp32_rounding_never_warns() -> None:
 def test_a_warning_is_not_repeated_at_once_and_survives_a_resume() -> None:
     watch = MismatchWatch(pause=20)
     usual(watch)
-    assert watch.observe(20, row(0.09)) is not None
+    assert watch.observe(20, row(0.2)) is not None
     again = MismatchWatch(pause=20)
     again.load_state_dict(json.loads(json.dumps(watch.state_dict())))
     for one in (watch, again):
+        # The streak is part of the state: this is the second step of it.
         assert one.observe(40, row(0.09)) is None
         assert one.observe(41, row(0.09)) is not None
+    for one in (watch, again):
+        assert one.observe(42, row(0.2)) is None
 
 
 def test_absent_and_broken_figures_are_passed_over() -> None:
     watch = MismatchWatch()
     assert watch.observe(1, {"mismatch/mean_abs": math.nan, "mismatch/p99": "?"}) is None
     assert watch.observe(2, {}) is None
-    assert watch.state_dict()["history"] == {}
+    assert watch.state_dict()["range"]["history"] == {}
+
+
+def test_a_run_that_is_always_wrong_names_temperature_again() -> None:
+    """Longer than what is remembered: no sound step is known any more."""
+    watch = MismatchWatch(pause=20)
+    heard = [watch.observe(step, row(0.4)) for step in range(1, 60)]
+    told = [warning.causes for warning in heard if warning is not None]
+    assert told == [[TEMPERATURE, STALE]] * 3
 
 
 def test_growth_by_hand() -> None:
