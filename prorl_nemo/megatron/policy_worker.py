@@ -198,6 +198,9 @@ class PolicyWorker:
         for groups in batch.minibatches(settings.minibatches):
             records.append(self._update(*self.gradient(batch, groups, settings)))
         self._zero_grad()
+        if self.device.type == "cuda" and self.recipe.rollout.sleep_in_updates:
+            # The engines wake with the new weights, in memory that torch would keep for this rank.
+            torch.cuda.empty_cache()
         return records
 
     def supervise(self, batch: TrainingBatch, learning_rate: float) -> list[dict[str, float]]:
