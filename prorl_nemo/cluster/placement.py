@@ -160,6 +160,32 @@ def _on_gpus(nodes: Sequence[Node], policy: Policy, engines: int, split: int) ->
     )
 
 
+def check_transfer(assignment: Assignment, policy: Policy, transfer: str) -> None:
+    """Refuse a way of the weights to the engines that the GPUs of the run do not allow.
+
+    NCCL admits a GPU to a process group once, and an engine maps memory of no GPU but its own.
+
+    Raises:
+        ClusterError: naming the key.
+    """
+    if not assignment.gpu:
+        return
+    # The first rank of each pipeline stage sends.
+    stage = policy.ranks // policy.pipeline_parallel
+    senders = {assignment.ranks[rank] for rank in range(0, policy.ranks, stage)}
+    if transfer == "broadcast" and any(senders & set(engine) for engine in assignment.engines):
+        raise ClusterError(
+            "rollout.weight_transfer: broadcast needs engines on other GPUs than the trainer rank "
+            "that sends, and here they share one; use host"
+        )
+    if transfer == "cuda_ipc" and not all(senders <= set(e) for e in assignment.engines):
+        raise ClusterError(
+            "rollout.weight_transfer: cuda_ipc needs every engine on the GPU of the trainer rank "
+            f"that sends, and here are {len(assignment.engines)} engines and {len(senders)} such "
+            "ranks; use host"
+        )
+
+
 class _Place(NamedTuple):
     """A GPU, by a number of its node that only tells it from the others."""
 
@@ -233,7 +259,8 @@ def reserve(recipe: Recipe, model: Path) -> Iterator[Placement]:
         model: its folder, which every node must see, as it must see the run's.
 
     Raises:
-        ClusterError: too few GPUs, all of them taken, or a folder that a node does not see.
+        ClusterError: too few GPUs, all of them taken, a way of the weights that they do not allow,
+            or a folder that a node does not see.
     """
     known = cluster_nodes()
     if len(known) == 1:
@@ -243,6 +270,7 @@ def reserve(recipe: Recipe, model: Path) -> Iterator[Placement]:
             seen = answering([n.id for n in known], [str(model / "config.json"), str(file)])
     rollout, there = recipe.rollout, [n for n in known if n.id in seen]
     assignment = assign(there, recipe.policy, rollout.engines, rollout.tensor_parallel)
+    check_transfer(assignment, recipe.policy, rollout.weight_transfer)
     used = set(assignment.bundles)
     hosts = {node.id: node.host for node in known if node.id in used}
     blind = {hosts[node]: missing for node, missing in seen.items() if node in used and missing}

@@ -147,9 +147,9 @@ class PackedAttention(nn.Module):
     ) -> Tensor:
         if not isinstance(packed_seq_params, PackedRow):
             raise TypeError("PackedAttention needs a PackedRow")
-        angles = torch.outer(
-            packed_seq_params.position_ids.float(), self.inverse_frequencies.to(query.device)
-        )
+        # Moved once: a copy from the host in every layer would wait for the GPU each time.
+        self.inverse_frequencies = self.inverse_frequencies.to(query.device)
+        angles = torch.outer(packed_seq_params.position_ids.float(), self.inverse_frequencies)
         query, key = rotate(query, angles), rotate(key, angles)
         if len(packed_seq_params.pieces) > 1:
             key, value = _gather_row(torch.cat((key, value), dim=-1)).chunk(2, dim=-1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -198,6 +199,9 @@ class PolicyWorker:
         for groups in batch.minibatches(settings.minibatches):
             records.append(self._update(*self.gradient(batch, groups, settings)))
         self._zero_grad()
+        if self.device.type == "cuda" and self.recipe.rollout.sleep_in_updates:
+            # The engines wake with the new weights, in memory that torch would keep for this rank.
+            torch.cuda.empty_cache()
         return records
 
     def supervise(self, batch: TrainingBatch, learning_rate: float) -> list[dict[str, float]]:
@@ -373,6 +377,10 @@ class PolicyWorker:
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote, in this or another layout."""
+        if self.policy.fp8 == "delayed":
+            # Transformer Engine keeps the scales and their history as a pickle, which it reads
+            # only where it is told that the file can be trusted. This is the run's own.
+            os.environ["NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"] = "1"
         checkpoint.load(folder, self.spec, self.chunks, self.optimizer, self.reference)
         random_state.load(folder, dist.get_rank(), dist.get_world_size())
 

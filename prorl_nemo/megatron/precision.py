@@ -94,7 +94,7 @@ def check_fp8(
     groups = padded_groups(spec, tp)
     sizes = {
         "hidden size": spec.hidden,
-        "feed-forward width of a rank": 2 * spec.ffn // tp,
+        "feed-forward width of a rank": spec.ffn // tp,
         "attention width of a rank": groups * (spec.heads // spec.groups) * spec.head_dim // tp,
     }
     for what, size in sizes.items():

@@ -22,6 +22,7 @@ import numpy as np
 import ray
 from rich.console import Console
 
+from prorl_nemo.cluster.placement import reserve
 from prorl_nemo.cluster.policy_group import PolicyGroup
 from prorl_nemo.data.chat import (
     ChatRenderer,
@@ -178,7 +179,10 @@ class _Run:
             if not ray.is_initialized():
                 start_ray()
                 stack.callback(ray.shutdown)
-            policy = PolicyGroup(settings.training_recipe(self.first), self.first)
+            recipe = settings.training_recipe(self.first)
+            # On GPUs each rank is given its own.
+            placement = stack.enter_context(reserve(recipe, self.first))
+            policy = PolicyGroup(recipe, self.first, placement)
             stack.callback(policy.shutdown)
             if newest is not None:
                 policy.load(self.checkpoints.path(newest) / "policy")

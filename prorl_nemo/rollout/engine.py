@@ -243,7 +243,10 @@ class VllmEngine:
         try:
             llm = LLMEngine.from_engine_args(EngineArgs(**engine_arguments(self.settings)))
         except (ValueError, NotImplementedError) as error:
-            raise UserError(f"vLLM cannot run {self.settings.model}: {error}") from error
+            told = f"vLLM cannot run {self.settings.model}: {error}"
+            if not current_platform.is_cpu() and "utilization" in told:
+                told += " (its share is rollout.gpu_memory_share; prorl eval: --gpu-memory-share)"
+            raise UserError(told) from error
         if self.settings.tensor_parallel > 1:
             bind_to_engine(llm, lambda: self._fail(EngineError("a worker process died")))
         return llm

@@ -46,16 +46,23 @@ class EngineSettings:
 
     @classmethod
     def from_recipe(
-        cls, recipe: Recipe, model: Path, neighbours: int | None = None
+        cls,
+        recipe: Recipe,
+        model: Path,
+        neighbours: int | None = None,
+        gpu: bool | None = None,
     ) -> EngineSettings:
         """Settings that serve every stage of a recipe.
 
         Args:
             neighbours: engines that share a machine; default: all of them.
+            gpu: whether the engines have GPUs; default: whether this process sees one, which on
+                the head of a cluster it need not.
         """
         rollout = recipe.rollout
         cores = os.cpu_count() or 1
-        cache = rollout.kv_cache_mib or (None if torch.cuda.is_available() else 512)
+        gpu = torch.cuda.is_available() if gpu is None else gpu
+        cache = rollout.kv_cache_mib or (None if gpu else 512)
         return cls(
             model=str(model),
             dtype={"bf16": "bfloat16", "fp32": "float32"}[
@@ -67,7 +74,7 @@ class EngineSettings:
             fp32_head=rollout.fp32_head,
             threads=rollout.engine_threads or max(1, cores // (neighbours or rollout.engines)),
             tensor_parallel=rollout.tensor_parallel,
-            sleep=rollout.sleep_in_updates and torch.cuda.is_available(),
+            sleep=rollout.sleep_in_updates and gpu,
         )
 
     def environment(self) -> dict[str, str]:

@@ -186,6 +186,8 @@ def _sample(session: Session) -> TrainingBatch:
     groups = sampler.sample_all(
         prompts, Sampling(_SAMPLES, stage.temperature, stage.max_response_tokens)
     )
+    if recipe.rollout.sleep_in_updates:
+        session.fleet.sleep()  # As in a step: what follows may need the engines' memory.
     return made_up_batch(groups, stage.temperature)
 
 

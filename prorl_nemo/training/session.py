@@ -113,7 +113,9 @@ def open_session(
         policy = PolicyGroup(recipe, folder, placement)
         stack.callback(policy.shutdown)
         on_phase("engines")
-        settings = EngineSettings.from_recipe(recipe, folder, placement.local_engines)
+        settings = EngineSettings.from_recipe(
+            recipe, folder, placement.local_engines, placement.assignment.gpu
+        )
 
         def engine_event(event: str, details: dict[str, Any]) -> None:
             on_event(event, details)

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from prorl_nemo.cluster.placement import Assignment, ClusterError, Node, assign, canary, listed
+from prorl_nemo.cluster.placement import (
+    Assignment,
+    ClusterError,
+    Node,
+    assign,
+    canary,
+    check_transfer,
+    listed,
+)
 from prorl_nemo.recipe import Policy
 
 
@@ -54,6 +62,23 @@ def test_memory_is_shared_by_what_runs_on_one_node() -> None:
     assert not assign(nodes(2, 2), policy(data=4), 4).one_machine
     assert assign(nodes(0), policy(tensor=2), 2).one_machine
     assert not assign(nodes(0, 0), policy(tensor=2, data=2), 3).one_machine
+
+
+def test_ways_of_the_weights_that_gpus_do_not_allow() -> None:
+    alone = assign(nodes(1), policy(), 1)
+    check_transfer(alone, policy(), "cuda_ipc")
+    with pytest.raises(ClusterError, match="broadcast needs engines on other GPUs"):
+        check_transfer(alone, policy(), "broadcast")
+    pair = assign(nodes(2), policy(data=2), 2)
+    with pytest.raises(ClusterError, match="cuda_ipc needs every engine .* here are 2 engines"):
+        check_transfer(pair, policy(data=2), "cuda_ipc")
+    # An engine over the GPUs of both stages maps what either sends.
+    stages = policy(pipeline=2)
+    check_transfer(assign(nodes(2), stages, 1, tensor_parallel=2), stages, "cuda_ipc")
+    with pytest.raises(ClusterError, match="1 engines and 2 such"):
+        check_transfer(assign(nodes(2), stages, 1), stages, "cuda_ipc")
+    check_transfer(pair, policy(data=2), "host")
+    check_transfer(assign(nodes(0), policy(), 2), policy(), "broadcast")
 
 
 def test_login_node_without_gpus_gets_nothing() -> None:

@@ -81,9 +81,13 @@ def test_sizes_and_precision() -> None:
     # 9 heads of 64 are 576; SmolLM2's two ranks have 6 heads each of 4 groups: 384.
     smollm2 = replace(MODEL, hidden=576, ffn=1536, heads=9, groups=3, head_dim=64)
     check_fp8(policy(fp8="delayed", tensor_parallel=2), smollm2, True, HOPPER)
-    odd = replace(MODEL, ffn=8968)
-    check_fp8(policy(fp8="delayed"), odd, True, HOPPER)
+    # The second product of the feed-forward layer takes its width, the first gives it twice.
     assert "feed-forward width of a rank (8968)" in refusal(
+        "delayed", HOPPER, replace(MODEL, ffn=8968)
+    )
+    odd = replace(MODEL, ffn=8976)
+    check_fp8(policy(fp8="delayed"), odd, True, HOPPER)
+    assert "feed-forward width of a rank (4488)" in refusal(
         "delayed", HOPPER, odd, tensor_parallel=2
     )
     assert "hidden size (1544)" in refusal("blockwise", HOPPER, replace(MODEL, hidden=1544))
