@@ -377,11 +377,9 @@ class PolicyWorker:
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote, in this or another layout."""
-        if self.policy.fp8 == "delayed":
-            # Transformer Engine keeps the scales and their history as a pickle, which it reads
-            # only where it is told that the file can be trusted. This is the run's own.
-            os.environ["NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"] = "1"
-        checkpoint.load(folder, self.spec, self.chunks, self.optimizer, self.reference)
+        trusted = _trusted_scales() if self.policy.fp8 == "delayed" else contextlib.nullcontext()
+        with trusted:
+            checkpoint.load(folder, self.spec, self.chunks, self.optimizer, self.reference)
         random_state.load(folder, dist.get_rank(), dist.get_world_size())
 
     def load_reference(self, folder: Path) -> None:
@@ -413,3 +411,15 @@ def _on_host(tensor: Tensor) -> Tensor:
     """A copy in host memory, pinned where that makes its way to the device faster."""
     copied = tensor.detach().to("cpu", copy=True)
     return copied.pin_memory() if tensor.is_cuda else copied
+
+
+@contextlib.contextmanager
+def _trusted_scales() -> Iterator[None]:
+    """Transformer Engine keeps delayed scales and their history as a pickle, and reads it only
+    where it is told to trust the file. A run reads its own."""
+    key = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+    os.environ[key] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(key, None)

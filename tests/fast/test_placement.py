@@ -70,7 +70,7 @@ def test_ways_of_the_weights_that_gpus_do_not_allow() -> None:
     with pytest.raises(ClusterError, match="broadcast needs engines on other GPUs"):
         check_transfer(alone, policy(), "broadcast")
     pair = assign(nodes(2), policy(data=2), 2)
-    with pytest.raises(ClusterError, match="cuda_ipc needs every engine .* here are 2 engines"):
+    with pytest.raises(ClusterError, match=r"cuda_ipc needs every engine .* here are 2 engines"):
         check_transfer(pair, policy(data=2), "cuda_ipc")
     # An engine over the GPUs of both stages maps what either sends.
     stages = policy(pipeline=2)
