@@ -13,8 +13,7 @@ from typing import Any
 from prorl_nemo import smollm2, tiny_arithmetic
 from prorl_nemo.data.public_sources import SOURCES
 from prorl_nemo.evaluation.tables import MISSING, Table, percent
-from prorl_nemo.reporting.run import Run, stages
-from prorl_nemo.training.metrics import number
+from prorl_nemo.reporting.run import Run, stages, validation_scores
 
 # Models that come under a name of ours: (name on the hub, licence).
 _KNOWN = {smollm2.NAME: ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}
@@ -157,11 +156,8 @@ def _training(run: Run | None) -> str:
         "learning rate": recipe.get("policy", {}).get("optimizer", {}).get("learning_rate"),
     }
     lines = [f"* {key}: {_text(value)}" for key, value in facts.items()]
-    held = [
-        f"* step {row['step']}: {mean:.3f} ± {number(row.get('validation/stderr')) or 0.0:.3f}"
-        for row in run.validation
-        if (mean := number(row.get("validation/mean"))) is not None
-    ]
+    scores = validation_scores(run)
+    held = [f"* step {step}: {mean:.3f} ± {error:.3f}" for step, mean, error in scores]
     held = held[:1] + held[1:][-1:]
     parts = ["## Training", "\n".join(lines), _stage_table(run)]
     resets = [event for event in run.events if event.get("event") == "reference_reset"]

@@ -15,8 +15,7 @@ from html import escape
 from pathlib import Path
 
 from prorl_nemo.errors import UserError
-from prorl_nemo.reporting.run import Run, read_run
-from prorl_nemo.training.metrics import number
+from prorl_nemo.reporting.run import Run, read_run, validation_scores
 
 WIDTH, HEIGHT = 860, 400  # pixels
 LEFT, RIGHT, TOP, BOTTOM = 52, 190, 52, 344  # edges of the plot; names stand right of it
@@ -39,13 +38,8 @@ Point = tuple[int, float, float, float]  # step, mean, lower and upper edge of t
 
 
 def validation_points(run: Run) -> list[Point]:
-    """Every validation, two standard errors each side; an unknown error counts as 0."""
-    found = []
-    for row in run.validation:
-        if (mean := number(row.get("validation/mean"))) is not None:
-            half = 2 * (number(row.get("validation/stderr")) or 0.0)
-            found.append((row["step"], mean, mean - half, mean + half))
-    return found
+    """Every validation, two standard errors each side."""
+    return [(step, m, m - 2 * error, m + 2 * error) for step, m, error in validation_scores(run)]
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:

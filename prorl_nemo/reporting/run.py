@@ -119,6 +119,15 @@ def spans(steps: Sequence[int], values: Sequence[Any]) -> list[tuple[int, int, A
     return found
 
 
+def validation_scores(run: Run) -> list[tuple[int, float, float]]:
+    """(step, mean, standard error) of every validation; an unknown error counts as 0."""
+    return [
+        (row["step"], mean, number(row.get("validation/stderr")) or 0.0)
+        for row in run.validation
+        if (mean := number(row.get("validation/mean"))) is not None
+    ]
+
+
 def stages(run: Run) -> list[dict[str, Any]]:
     """The stages trained so far: `from` and `to` (steps, inclusive), `name`, `limit` (tokens)."""
     steps = [row["step"] for row in run.train]
