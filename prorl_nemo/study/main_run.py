@@ -46,13 +46,7 @@ def main_blocks(runs: Runs) -> list[Block]:
     last = min(result["steps"] for result in results)
     names = _names(results[0])
     seeds = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
-    points = {name: curve(results, key) for key, name in names.items()}
-    curves = [
-        (name, [(step, found.mean, *found.within(0.0, 1.0)) for step, found in of_name])
-        for name, of_name in points.items()
-        if of_name
-    ]
-    title = f"Validation, {seeds}{intervals([e for _, e in points[names[SCORE]]])}"
+    k = results[0]["recipe"]["validation"]["samples"]
     blocks: list[Block] = [
         _cards(runs, names, last),
         Heading("The main run"),
@@ -63,7 +57,8 @@ def main_blocks(runs: Runs) -> list[Block]:
             "to its step, and at step 0 the only one. A validation has the response limit of its "
             f"stage: {_limits(results[0])}."
         ),
-        Figure("main", draw(curves, title), title),
+        *_score_figure("main", SCORE, f"Mean score on held-out prompts, {seeds}", runs),
+        *_score_figure("pass", PASS, f"Prompts with a right one of {k} samples, {seeds}", runs),
         _by_step(runs, names, last),
         Heading("What the paper claims, and what was seen", 3),
         _claims(runs, last),
@@ -97,6 +92,18 @@ def _names(result: dict[str, Any]) -> dict[str, str]:
         f"{NEVER}{PASS}": f"unseen, pass@{k}",
     }
     return {key: name for key, name in names.items() if series(result, key)}
+
+
+def _score_figure(file: str, score: str, title: str, runs: Runs) -> list[Block]:
+    """A score's curves on trained and unseen tasks, if the runs have it."""
+    results = list(runs.values())
+    curves, shown = [], []
+    for name, key in (("trained", score), ("unseen", NEVER + score)):
+        if points := curve(results, key):
+            curves.append((name, [(step, e.mean, *e.within(0.0, 1.0)) for step, e in points]))
+            shown += [found for _, found in points]
+    title += intervals(shown)
+    return [Figure(file, draw(curves, title), title)] if curves else []
 
 
 def _two_thirds(last: int) -> int:

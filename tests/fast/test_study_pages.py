@@ -99,7 +99,7 @@ def test_pages(tmp_path: Path) -> None:
     assert "absent" not in page
     figures = re.findall(r"\((\w+\.svg)\)", page)
     assert sorted(figures) == sorted(file.name for file in (tmp_path / "results").glob("*.svg"))
-    assert len(figures) == 6
+    assert len(figures) == 7
     for name in figures:
         assert ET.parse(tmp_path / "results" / name).getroot().tag.endswith("svg")
     tables = [line for line in page.splitlines() if line.startswith("|")]
@@ -107,7 +107,7 @@ def test_pages(tmp_path: Path) -> None:
         if second.startswith("| ---"):
             assert first.count("|") == second.count("|")
     html = (tmp_path / "results" / PAGE).read_text()
-    assert html.count("<svg") == 6 and html.count("<style>") == 1 and "<script" not in html
+    assert html.count("<svg") == 7 and html.count("<style>") == 1 and "<script" not in html
 
 
 def test_a_single_main_run_has_a_page_without_intervals(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_a_single_main_run_has_a_page_without_intervals(tmp_path: Path) -> None:
     page = (tmp_path / "results" / "README.md").read_text()
     assert "| validation rises over the run | 0.200 | one run: not decided |" in page
     assert "Variants" not in page and "newly solved" not in page
-    assert "![Validation, 1 seed](main.svg)" in page
+    assert "![Mean score on held-out prompts, 1 seed](main.svg)" in page
     assert "intervals over seeds" not in page
 
 
@@ -145,7 +145,8 @@ def test_bands_are_the_intervals_of_the_tables(tmp_path: Path) -> None:
     width, rise = band[-1] - band[0], line[0] - line[-1]
     assert width / rise == pytest.approx(2 * 12.706 * 0.01 / 0.3, rel=0.01)
     page = (tmp_path / "results" / "README.md").read_text()
-    assert "![Validation, 2 seeds, 95 % intervals over seeds](main.svg)" in page
+    title = "Mean score on held-out prompts, 2 seeds, 95 % intervals over seeds"
+    assert f"![{title}](main.svg)" in page
 
 
 def test_a_validation_without_a_task_leaves_out_that_step(tmp_path: Path) -> None:
