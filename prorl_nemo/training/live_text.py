@@ -86,6 +86,8 @@ def compact(value: Any) -> str:
         return f"{value:.4g}"
     if isinstance(value, Mapping):
         return " ".join(f"{key}={compact(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return "; ".join(map(compact, value))
     return str(value)
 
 

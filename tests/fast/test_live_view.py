@@ -212,6 +212,8 @@ def test_events_in_words() -> None:
         "figures": {"kl": 0.012345678, "mean": 0.5},
     }
     assert describe_event(event) == "reset decision: reset False, figures kl=0.01235 mean=0.5"
+    causes = describe_event({"event": "mismatch_warning", "causes": ["a stale head", "rope"]})
+    assert causes == "mismatch warning: causes a stale head; rope"
     assert describe_event({}) == "event"
 
 
