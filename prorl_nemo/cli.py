@@ -68,6 +68,13 @@ def pretrain(recipe: RecipePath, overrides: Overrides = None) -> None:
 @app.command()
 def study(
     plan: Annotated[Path, typer.Argument(metavar="STUDY", help="Study file (YAML).")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="section.key=value of every run: settings alone that change where and how fast.",
+        ),
+    ] = None,
     only: Annotated[
         list[str] | None, typer.Option(help="Name of a variant; may be given again.")
     ] = None,
@@ -82,7 +89,7 @@ def study(
     with _errors():
         from prorl_nemo.study.plan import load_study
 
-        settings = load_study(plan)
+        settings = load_study(plan, overrides or [])
         if pages:
             from prorl_nemo.study.pages import write_pages
 

@@ -8,14 +8,17 @@ the results: bf16 products differ between processors, so another machine would m
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
+from prorl_nemo.errors import UserError
 from prorl_nemo.recipe import Recipe, load_recipe
 from prorl_nemo.recipe_data import Positive
 from prorl_nemo.settings_file import Section, load_settings
+from prorl_nemo.training.run_dir import RESUMABLE
 
 MAIN = "main"
 
@@ -67,6 +70,8 @@ class Study(Section):
         1000, description="Step at which variants are compared with the main runs."
     )
     variants: list[Variant] = Field(min_length=1, description="`main` first; run in this order.")
+    # Of the machine that runs it, so no key of the file.
+    _where: list[str] = PrivateAttr([])
 
     @model_validator(mode="after")
     def _main_first(self) -> Study:
@@ -84,7 +89,7 @@ class Study(Section):
     @property
     def main_recipe(self) -> Recipe:
         """The recipe without changes: every model is probed by it, whatever it was trained by."""
-        return load_recipe(self.recipe, [self._model])
+        return load_recipe(self.recipe, [*self._where, self._model])
 
     def recipe_of(self, variant: Variant, seed: int) -> Recipe:
         """The recipe of one run.
@@ -94,7 +99,7 @@ class Study(Section):
         """
         name = run_name(variant.name, seed)
         own = [f"seed={seed}", f"name={name}", self._model]
-        return load_recipe(self.recipe, [*variant.overrides, *own])
+        return load_recipe(self.recipe, [*variant.overrides, *self._where, *own])
 
     @property
     def _model(self) -> str:
@@ -109,6 +114,24 @@ def run_name(variant: str, seed: int) -> str:
     return f"study-{variant}-seed{seed}"
 
 
-def load_study(path: Path) -> Study:
-    """Read a study's file. Raises RecipeError."""
-    return load_settings(Study, path)
+def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
+    """Read a study's file.
+
+    Args:
+        overrides: section.key=value, of every run and of the probes, after a variant's own.
+
+    Raises:
+        RecipeError: as `load_settings`.
+        UserError: an override that could change results.
+    """
+    study = load_settings(Study, path)
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key not in RESUMABLE:
+            raise UserError(
+                f"{key}: a study takes KEY=VALUE of settings alone that change where and how fast "
+                "its runs compute (marked ↻ in docs/recipes.md); results may differ by its "
+                "variants: give it a variant with this override"
+            )
+    study._where = list(overrides)
+    return study

@@ -1,4 +1,4 @@
-"""What a model can solve at all: hundreds of samples of each held-out prompt, by the engine alone.
+"""What a model can solve at all: hundreds of samples of each held-out prompt, by the engines alone.
 
 Yue et al. (arXiv 2504.13837) compare RL with its base model at large k. ProRL (arXiv 2505.24864,
 section 4) claims tasks that its base model never solves. So here the same prompts are asked
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 
 from prorl_nemo.data.chat import load_tokenizer
 from prorl_nemo.data.prompts import load_prompts
@@ -47,7 +48,7 @@ def probe(
         the counts, or None if it was stopped.
 
     Raises:
-        UserError: a prompt that the engine refuses.
+        UserError: a prompt that the engines refuse.
     """
     asked = {"prompts_per_task": settings.prompts_per_task}
     validation = recipe.validation.model_copy(update=asked)
@@ -63,12 +64,22 @@ def probe(
         if not ray.is_initialized():
             start_ray()
             stack.callback(ray.shutdown)
-        engines = EngineSettings.from_recipe(recipe, folder, neighbours=1)
-        fleet = Fleet(engines, 1, actor_options=[{"num_cpus": 0}])
+        rollout = recipe.rollout
+        place = {"num_cpus": 0}
+        if torch.cuda.is_available():
+            place["num_gpus"] = rollout.tensor_parallel
+        fleet = Fleet(
+            EngineSettings.from_recipe(recipe, folder),
+            rollout.engines,
+            actor_options=[place] * rollout.engines,
+            hang_seconds=rollout.engine_hang_seconds,
+            max_restarts=rollout.max_engine_restarts,
+            restart_window=rollout.engine_restart_window,
+        )
         stack.callback(fleet.shutdown)
         sampler = DynamicSampler(fleet, graders, prompts.stream, _SEED, on_event=_refused)
         counts: Counts = {}
-        # A task at once: some thousand samples keep the engine full to the last few, and fit.
+        # A task at once: some thousand samples keep the engines full to the last few, and fit.
         for _, of_task in itertools.groupby(prompts.validation, key=lambda prompt: prompt.task):
             if should_stop():
                 return None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +13,10 @@ from rich.console import Console
 from studies import study, write
 
 from prorl_nemo.errors import RecipeError, UserError
-from prorl_nemo.study import runner
+from prorl_nemo.study import probe, runner
 from prorl_nemo.study.first_model import FirstModel
 from prorl_nemo.study.plan import Study, Variant, load_study
+from prorl_nemo.study.results import read_results
 from prorl_nemo.study.runner import chosen
 
 ROOT = Path(__file__).parents[2]
@@ -87,6 +90,66 @@ def test_studies_that_cannot_be_run(variants: Any, message: str, tmp_path: Path)
     file.write_text(json.dumps(raw))
     with pytest.raises(RecipeError, match=message):
         load_study(file)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """Of the study of `studies`, with a variant whose own layout is two engines."""
+    plan = study(tmp_path)
+    plan.variants[1].overrides.append("rollout.engines=2")
+    file = tmp_path / "study.yaml"
+    file.write_text(json.dumps(plan.model_dump(mode="json")))
+    return file
+
+
+def test_where_and_how_fast_is_said_on_the_command_line(file: Path) -> None:
+    """For every run, also one that its variant lays out; and for the probes, by the main recipe."""
+    plain, given = load_study(file), load_study(file, ["rollout.engines=3", "policy.threads=1"])
+    no_kl = given.variants[1]
+    for recipe in (given.main_recipe, *(given.recipe_of(v, 1) for v in given.variants)):
+        assert (recipe.rollout.engines, recipe.policy.threads) == (3, 1)
+    assert plain.recipe_of(no_kl, 1).rollout.engines == 2
+    assert given.recipe_of(no_kl, 1).algorithm.kl.coefficient == 0.0
+
+
+def test_results_made_elsewhere_belong_to_the_study(file: Path) -> None:
+    write(file.parent, "main", 1)
+    given = load_study(file, ["policy.data_parallel=2", "rollout.engines=3", "runs_dir=elsewhere"])
+    assert list(read_results(given, None)["main"]) == [1]
+    # Nor is the first model asked again.
+    assert runner._asked(given, given.main_recipe) == runner._asked(
+        load_study(file), load_study(file).main_recipe
+    )
+
+
+@pytest.mark.parametrize(
+    "override", ["seed=4", "policy.precision=fp32", "policy={threads: 1}", "model=m", "main"]
+)
+def test_what_could_change_results_is_a_variant(file: Path, override: str) -> None:
+    key = re.escape(override.partition("=")[0])
+    with pytest.raises(UserError, match=f"^{key}: .*give it a variant"):
+        load_study(file, ["policy.threads=1", override])
+
+
+def test_the_probe_has_the_engines_of_its_recipe(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Started(Exception):
+        pass
+
+    def fleet(settings: Any, count: int, *, actor_options: list[Any], **rest: Any) -> None:
+        raise Started(count, len(actor_options), settings.threads, rest["hang_seconds"])
+
+    prompts = SimpleNamespace(validation=[], stream=None)
+    monkeypatch.setattr(probe, "load_tokenizer", lambda folder: None)
+    monkeypatch.setattr(probe, "load_prompts", lambda recipe, tokenizer: prompts)
+    monkeypatch.setattr(probe, "Fleet", fleet)
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    overrides = ["rollout.engines=3", "rollout.engine_threads=2", "rollout.engine_hang_seconds=7.0"]
+    plan = load_study(file, overrides)
+    with pytest.raises(Started) as started:
+        probe.probe(plan.main_recipe, file.parent, plan.probe, lambda: False)
+    assert started.value.args == (3, 3, 2, 7.0)
 
 
 def test_a_probe_of_a_variant_that_is_not_there(tmp_path: Path) -> None:
