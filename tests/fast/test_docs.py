@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "recipes" / "README.md",
+]
 METRICS = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
 GROUPS = ("reward", "rollout", "shaping", "policy", "mismatch", "time", "throughput", "validation")
 
@@ -73,35 +77,44 @@ def test_every_event_is_documented() -> None:
     assert found == set(re.findall(r"^\| `(\w+)` \|", section, re.M))
 
 
-def test_quoted_messages_are_ours() -> None:
-    """What docs/troubleshooting.md quotes in a column of messages is in the code; … is any text."""
-    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize(("name", "least"), [("troubleshooting.md", 60), ("cluster.md", 15)])
+def test_quoted_messages_are_ours(name: str, least: int) -> None:
+    """What a page quotes in a column of messages is in the code; … is any text."""
+    page = (ROOT / "docs" / name).read_text(encoding="utf-8")
     said = " ".join(text for path in (ROOT / "prorl_nemo").rglob("*.py") for text in strings(path))
     said += (ROOT / "slurm" / "job.sh").read_text(encoding="utf-8")
     foreign = {"operator torchvision::nms does not exist", "kill -9", "checkpoint_damaged"}
     quoted = set()
-    for table in re.findall(r"^\| message.*?\|.*\n\|---\|---\|\n((?:\|.*\n)+)", page, re.M):
+    for table in re.findall(r"^\| message.*?\|.*\n\|(?:---\|)+\n((?:\|.*\n)+)", page, re.M):
         for row in table.splitlines():
             quoted.update(re.findall(r"`([^`]+)`", row.split(" | ")[0]))
-    assert len(quoted) > 60
+    assert len(quoted) >= least
     for message in sorted(quoted - foreign):
         for piece in message.split("…"):
-            assert piece.strip() in said, f"docs/troubleshooting.md: {message}"
+            assert piece.strip() in said, f"docs/{name}: {message}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of a page's headings."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_and_paths_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    for link in re.findall(r"\]\(([^)#]+)", text):
+    for link, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", text):
         if "://" not in link:
-            assert (page.parent / link).exists(), f"{page.name}: {link}"
-    # Paths of the repository in backquotes, from its root or from the package.
+            target = page.parent / link if link else page
+            assert target.exists(), f"{page.name}: {link}"
+            assert not anchor or anchor in anchors(target), f"{page.name}: {link}#{anchor}"
+    # Paths of the repository in backquotes, from its root, the package or the page's folder.
     rooms = "|".join(
         p.name for p in [*ROOT.iterdir(), *(ROOT / "prorl_nemo").iterdir()] if p.is_dir()
     )
     for path in re.findall(rf"`((?:{rooms})/[\w./-]*(?:\.\w+|/))`", text):
         if path.startswith("runs/"):
             continue
-        assert (ROOT / path).exists() or (ROOT / "prorl_nemo" / path).exists(), (
-            f"{page.name}: {path}"
-        )
+        bases = (ROOT, ROOT / "prorl_nemo", page.parent)
+        assert any((base / path).exists() for base in bases), f"{page.name}: {path}"
