@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ _EVENTS = {
     "run_started", "stage_started", "stage_ended", "cosine_penalty", "reference_reset", "resumed",
     "collapse_warning", "mismatch_warning", "stopped", "finished",
 }  # fmt: skip
-_PRIVATE = ("checkpoint", "path", "files")
+_PRIVATE = ("checkpoint", "path", "files", "reason")
 
 
 def add_training(folder: Path, run_dir: Path) -> None:
@@ -84,9 +85,20 @@ def add_evaluations(folder: Path, evaluations: Sequence[Path]) -> None:
             raise UserError(
                 f"--evaluation: {evaluation} measured other weights than those of {folder}"
             )
-        name = re.sub(r"[^A-Za-z0-9._]+", "-", label).strip("-.")
+        name = _free_name(target, re.sub(r"[^A-Za-z0-9._]+", "-", label).strip("-."), manifest)
         (target / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
         (target / f"{name}.md").write_text(page, encoding="utf-8")
+
+
+def _free_name(folder: Path, name: str, manifest: dict[str, Any]) -> str:
+    """The name, numbered where another evaluation has it: one protocol may have been asked about
+    mathematics and about code."""
+    for number in count(1):
+        numbered = name if number == 1 else f"{name}-{number}"
+        file = folder / f"{numbered}.json"
+        if not file.exists() or json.loads(file.read_text())["manifest"] == manifest:
+            break
+    return numbered
 
 
 def write_card(folder: Path, licence: str | None = None) -> str:
