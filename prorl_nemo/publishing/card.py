@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from prorl_nemo import smollm2, tiny_arithmetic
@@ -72,17 +73,21 @@ def data_sets(run: Run | None) -> list[tuple[str, str, str]]:
     data = run.recipe.get("data") if run else None
     if not isinstance(data, dict):
         return []
-    kinds = {source.get("kind") for source in data.get("sources") or []}
-    found = [_REASONING_GYM] if "reasoning_gym" in kinds else []
-    build = data.get("build")
-    for entry in (build or {}).get("sources", []) if "built" in kinds else []:
+    trained = [source for source in data.get("sources") or [] if source.get("train", True)]
+    built = [source for source in trained if source.get("kind") == "built"]
+    found = [_REASONING_GYM] if len(built) < len(trained) else []
+    build = data.get("build") or {}
+    elsewhere = {source.get("folder") for source in built} - {None, build.get("folder")}
+    found += [(f"built by another recipe: {name}", "", "not stated") for name in sorted(elsewhere)]
+    domains = {s.get("domain") for s in built if s.get("folder") not in elsewhere}
+    for entry in build.get("sources", []) if domains else []:
         source = SOURCES.get(entry["source"])
-        if source is not None and not source.repository:
-            found.append(("problems of its author's own", "", source.licence))
-        elif source is not None:
-            found.append((source.repository, _hub_data(source.repository), source.licence))
-        elif _REASONING_GYM not in found:
+        if source is None and "logic" in domains and _REASONING_GYM not in found:
             found.append(_REASONING_GYM)
+        elif source is not None and not source.repository:  # Of any domain.
+            found.append(("problems of its author's own", "", source.licence))
+        elif source is not None and source.domain in domains:
+            found.append((source.repository, _hub_data(source.repository), source.licence))
     return found
 
 
@@ -133,10 +138,34 @@ def _base_link(base: str | None, about: Mapping[str, Any]) -> str:
 
 
 def _rules(run: Run | None) -> str:
-    """ProRL v2 is what its recipe says: other algorithms are trained with this project as well."""
-    algorithm = run.recipe.get("algorithm", {}) if run else {}
-    v2 = algorithm.get("advantage") == "reinforce_plus_plus_baseline"
+    """ProRL v2 is all of its rules: what a run leaves out is trained with this project as well."""
+    if run is None:
+        return ""
+    recipe = run.recipe
+    algorithm = recipe.get("algorithm", {})
+    kl = algorithm.get("kl", {})
+    clips = _by_stage(run, algorithm, "clip_low", "clip_high")
+    cosines = _by_stage(run, recipe.get("shaping", {}), "cosine")
+    resets = _by_stage(run, recipe, "reference_reset")
+    causes = ("interval", "kl_factor", "stalled_evaluations", "triggers")
+    v2 = (
+        algorithm.get("advantage") == "reinforce_plus_plus_baseline"
+        and all(low < high for low, high in clips)
+        and (kl.get("estimator") == "k2" and kl.get("coefficient", 0) > 0)
+        and recipe.get("rollout", {}).get("dynamic_sampling", False)
+        and any(isinstance(cosine, dict) and cosine.get("weight", 0) > 0 for (cosine,) in cosines)
+        and any(reset and reset.get(cause) for (reset,) in resets for cause in causes)
+    )
     return ", by the rules of ProRL v2" if v2 else ""
+
+
+def _by_stage(run: Run, section: Mapping[str, Any], *keys: str) -> list[tuple[Any, ...]]:
+    """Settings of each stage trained so far: its own, or those of the recipe's section."""
+    trained = run.recipe.get("stages", [])[: max(1, len(stages(run)))]
+    return [
+        tuple(section.get(key) if stage.get(key) is None else stage[key] for key in keys)
+        for stage in trained
+    ]
 
 
 def _training(run: Run | None) -> str:
@@ -145,15 +174,22 @@ def _training(run: Run | None) -> str:
     recipe = run.recipe
     rollout, algorithm = recipe.get("rollout", {}), recipe.get("algorithm", {})
     kl = algorithm.get("kl", {})
+    optimizer = recipe.get("policy", {}).get("optimizer", {})
+
+    def told(section: Mapping[str, Any], *keys: str) -> str:
+        """What it was, stage after stage where they differ."""
+        values = [", ".join(map(str, found)) for found in _by_stage(run, section, *keys)]
+        return "; then ".join(value for value, _ in groupby(values))
+
     facts = {
         "prompts a step": rollout.get("prompts_per_step"),
-        "samples of each": rollout.get("samples_per_prompt"),
-        "response limit": f"{rollout.get('max_response_tokens')} tokens",
-        "temperature": rollout.get("temperature"),
+        "samples of each": told(rollout, "samples_per_prompt"),
+        "response limit": f"{told(rollout, 'max_response_tokens')} tokens",
+        "temperature": told(rollout, "temperature"),
         "advantage": algorithm.get("advantage"),
-        "clip bounds": f"{algorithm.get('clip_low')}, {algorithm.get('clip_high')}",
+        "clip bounds": told(algorithm, "clip_low", "clip_high"),
         "KL": f"{kl.get('estimator')}, coefficient {kl.get('coefficient')}",
-        "learning rate": recipe.get("policy", {}).get("optimizer", {}).get("learning_rate"),
+        "learning rate": told(optimizer, "learning_rate"),
     }
     lines = [f"* {key}: {_text(value)}" for key, value in facts.items()]
     scores = validation_scores(run)

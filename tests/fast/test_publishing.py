@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from prorl_nemo.errors import UserError
 from prorl_nemo.harness.model import folder_sha256
-from prorl_nemo.publishing.card import base_model, known_licence, model_card
+from prorl_nemo.publishing.card import base_model, data_sets, known_licence, model_card
 from prorl_nemo.publishing.folder import about, add_evaluations, add_training, write_card
 from prorl_nemo.publishing.publish import prepare, show
 from prorl_nemo.publishing.upload import check_names, files_of
@@ -68,6 +69,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         {"time": 2.0, "step": 3, "event": "reference_reset", "trigger": "kl_spike"},
         {"time": 2.0, "step": 3, "event": "checkpoint_saved", "path": "/home/someone/runs/x"},
         {"time": 2.0, "step": 3, "event": "resumed", "checkpoint": "/home/someone/runs/x"},
+        {"time": 2.0, "step": 3, "event": "stopped", "reason": "engine 0: no /home/someone/lib"},
         {"time": 3.0, "step": 6, "event": "reference_reset", "trigger": "interval"},
     ]
     lines = "".join(json.dumps(row) + "\n" for row in events)
@@ -85,11 +87,62 @@ def test_only_runs_by_its_rules_are_said_to_be_prorl_v2(exported: tuple[Path, Pa
     said = about(exported[0])
     run = read_run(exported[1], with_samples=False)
     assert "by the rules of ProRL v2" in model_card(said, run, [], curves=False)
-    run.recipe["algorithm"]["advantage"] = "grpo"
-    assert "ProRL v2" not in model_card(said, run, [], curves=False)
+    no_resets = dict.fromkeys(("interval", "kl_factor", "stalled_evaluations"))
+    for section, change in (
+        ("algorithm", {"advantage": "grpo"}),
+        ("algorithm", {"clip_high": 0.2}),
+        ("algorithm", {"kl": {"estimator": "k2", "coefficient": 0.0}}),
+        ("rollout", {"dynamic_sampling": False}),
+        ("shaping", {"cosine": None}),
+        ("reference_reset", no_resets),
+    ):
+        other = replace(run, recipe=run.recipe | {section: run.recipe[section] | change})
+        assert "ProRL v2" not in model_card(said, other, [], curves=False), change
+    # What a stage has of its own goes before the recipe's.
+    off = [stage | {"cosine": "off"} for stage in run.recipe["stages"]]
+    other = replace(run, recipe=run.recipe | {"stages": off})
+    assert "ProRL v2" not in model_card(said, other, [], curves=False)
 
 
-def evaluation(folder: Path, sha256: str, out: Path) -> Path:
+def test_the_card_tells_the_settings_of_each_stage(exported: tuple[Path, Path]) -> None:
+    said = about(exported[0])
+    run = read_run(exported[1], with_samples=False)
+    stages = [
+        run.recipe["stages"][0],
+        run.recipe["stages"][1] | {"samples_per_prompt": 32, "clip_high": 0.4},
+        # Not begun.
+        run.recipe["stages"][1] | {"temperature": 2.0},
+    ]
+    text = model_card(said, replace(run, recipe=run.recipe | {"stages": stages}), [], curves=False)
+    for line in (
+        "* samples of each: 16; then 32",
+        "* clip bounds: 0.2, 0.28; then 0.2, 0.4",
+        "* temperature: 1.2",
+        "* response limit: 8192 tokens",
+    ):
+        assert line in text.splitlines(), line
+
+
+def test_data_sets_are_those_that_were_trained_on(exported: tuple[Path, Path]) -> None:
+    run = read_run(exported[1], with_samples=False)
+
+    def names(sources: list[dict[str, Any]], *built: str) -> list[str]:
+        build = {"folder": "here", "sources": [{"source": name} for name in built]}
+        data = {"sources": sources, "build": build if built else None}
+        return [name for name, _, _ in data_sets(replace(run, recipe={"data": data}))]
+
+    gym = {"kind": "reasoning_gym", "task": "gcd"}
+    maths, stem = ({"kind": "built", "domain": domain} for domain in ("math", "stem"))
+    scp, deepscaler = "EricLu/SCP-116K", "agentica-org/DeepScaleR-Preview-Dataset"
+    assert names([gym, stem], "scp", "deepscaler") == ["Reasoning Gym", scp]
+    assert names([maths, gym | {"train": False}], "scp", "deepscaler") == [deepscaler]
+    assert names([maths, stem | {"train": False}], "scp", "reasoning_gym") == []
+    assert names([maths | {"domain": "logic"}], "reasoning_gym") == ["Reasoning Gym"]
+    # As recipes/nemotron_1.5b/v2.yaml takes what v1's recipe has built.
+    assert names([stem | {"folder": "v1"}]) == ["built by another recipe: v1"]
+
+
+def evaluation(folder: Path, sha256: str, out: Path, seed: int = 0) -> Path:
     """Results as `prorl eval` writes them, of some weights."""
     benchmark = {
         "name": "gsm8k", "title": "GSM8K, test", "domain": "math", "metric": "avg",
@@ -98,7 +151,7 @@ def evaluation(folder: Path, sha256: str, out: Path) -> Path:
         "shares": {"truncated": 0.5}, "notes": ["20 of 1319 items"],
     }  # fmt: skip
     protocol = {"label": "quick", "sampling": {"temperature": 0.6, "top_p": 0.95, "max_tokens": 9}}
-    manifest = {"model": {"sha256": sha256}, "protocol": protocol, "seed": 0}
+    manifest = {"model": {"sha256": sha256}, "protocol": protocol, "seed": seed}
     out.mkdir()
     document = {"manifest": manifest, "benchmarks": [benchmark]}
     (out / "results.json").write_text(json.dumps(document))
@@ -111,7 +164,9 @@ def test_log_and_recipe_end_with_the_step_and_hold_no_paths(folder: Path) -> Non
     metrics = [json.loads(line) for line in (training / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in metrics] == [1, 2, 3, 4, 0, 4]
     events = [json.loads(line) for line in (training / "events.jsonl").read_text().splitlines()]
-    assert [event["event"] for event in events] == ["run_started", "reference_reset", "resumed"]
+    assert [event["event"] for event in events] == [
+        "run_started", "reference_reset", "resumed", "stopped",
+    ]  # fmt: skip
     for path in folder.rglob("*"):
         assert path.is_dir() or b"/home/someone" not in path.read_bytes(), path
     recipe = load_yaml((training / "recipe.yaml").read_text())
@@ -149,6 +204,18 @@ def test_the_card_is_read_by_the_hub_s_library(folder: Path, tmp_path: Path) -> 
     ):
         assert part in text, part
     assert (folder / "evaluation" / "quick.md").read_text() == "page"
+
+
+def test_two_evaluations_under_one_protocol_are_both_kept(folder: Path, tmp_path: Path) -> None:
+    sha256 = folder_sha256(folder)
+    both = [evaluation(folder, sha256, tmp_path / str(seed), seed) for seed in (0, 1)]
+    for _ in range(2):  # The same ones again are no others.
+        add_evaluations(folder, both)
+        assert {path.name for path in (folder / "evaluation").iterdir()} == {
+            "quick.json", "quick.md", "quick-2.json", "quick-2.md",
+        }  # fmt: skip
+    card = write_card(folder)
+    assert "seed 0; in percent" in card and "seed 1; in percent" in card
 
 
 def test_an_evaluation_of_other_weights_is_refused(folder: Path, tmp_path: Path) -> None:
