@@ -71,7 +71,7 @@ def examine(
     reason = _refused(recipe, spec, gpu, policy)
     if reason:
         return Layout(policy, row, None, None, reason)
-    memory = trainer_memory(spec, policy, row, recipe.checkpoint.background)
+    memory = trainer_memory(spec, policy, row)
     engines, transfer = policy.ranks // engine.gpus, recipe.rollout.weight_transfer
     time = step_time(spec, policy, gpu, engine, engines, work, transfer)
     left = room(gpu, engine)

@@ -55,7 +55,7 @@ class TrainerMemory:
         activations: saved by the forward passes under way.
         working: of the backward pass, at its largest.
         update: Adam's temporaries, when activations are gone.
-        host: the reference, and with a background checkpoint the copy that is written.
+        host: the reference, and the copy that a checkpoint is written from.
     """
 
     weights: int
@@ -77,9 +77,7 @@ class TrainerMemory:
         return self.standing + max(self.activations + self.working, self.update)
 
 
-def stage_memory(
-    spec: ModelSpec, policy: Policy, row: Row, stage: int, background: bool
-) -> TrainerMemory:
+def stage_memory(spec: ModelSpec, policy: Policy, row: Row, stage: int) -> TrainerMemory:
     """Of a rank of one pipeline stage; see `trainer_memory`."""
     w = width(policy.precision)
     pp, vpp = policy.pipeline_parallel, policy.virtual_pipeline
@@ -96,7 +94,8 @@ def stage_memory(
         activations += head_saved(spec, policy, row)
         working = max(working, head_working(spec, policy, row))
     products = spec.layers // pp * layer_parameters(spec, policy.tensor_parallel)[0]
-    copy = 2 * parameters * w + optimizer if background else 0
+    # Weights, reference, and of the optimizer on each rank all of it, in fp32 (checkpoint.py).
+    copy = parameters * (2 * w + 3 * FP32)
     return TrainerMemory(
         weights=parameters * w,
         gradients=parameters * FP32,
@@ -109,15 +108,12 @@ def stage_memory(
     )
 
 
-def trainer_memory(
-    spec: ModelSpec, policy: Policy, row: Row, background: bool = False
-) -> TrainerMemory:
+def trainer_memory(spec: ModelSpec, policy: Policy, row: Row) -> TrainerMemory:
     """Of the rank that needs most.
 
     Args:
         row: the largest, see `Row.largest`.
-        background: checkpoints are written from a copy on the host.
     """
     stages = {0, policy.pipeline_parallel - 1}
-    found = [stage_memory(spec, policy, row, stage, background) for stage in sorted(stages)]
+    found = [stage_memory(spec, policy, row, stage) for stage in sorted(stages)]
     return max(found, key=lambda memory: memory.peak)

@@ -10,8 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from prorl_nemo.planning.hardware import GIB
-from prorl_nemo.planning.layouts import EQUAL, FREE_SHARE, RECOMPUTE, RUNTIME, Layout, examine, room
-from prorl_nemo.planning.plan import Plan, workload
+from prorl_nemo.planning.layouts import EQUAL, FREE_SHARE, RECOMPUTE, RUNTIME, Layout, room
+from prorl_nemo.planning.memory import trainer_memory
+from prorl_nemo.planning.plan import Plan
 
 # Column, what it is, fields of StepTime.
 _PHASES = (
@@ -41,9 +42,9 @@ def show(plan: Plan, console: Console, most: int = 8) -> None:
             f"the recipe has {recipe.policy.ranks} trainer ranks, not {plan.gpus}; planned with "
             "the best layout below"
         )
-    for layout in filter(None, [plan.chosen or plan.own or plan.layouts[0]]):
-        if layout.memory:
-            console.print(_memory(plan, layout))
+    layout = plan.chosen or plan.own or plan.layouts[0]
+    if layout.memory:
+        console.print(_memory(plan, layout))
     console.print(_layouts(plan, most))
     _refusals(plan, console, most)
     if not plan.chosen:
@@ -67,14 +68,12 @@ def _memory(plan: Plan, layout: Layout) -> Table:
     title = f"GiB a GPU: {layout.policy.layout}, rows of {layout.row.tokens:,} tokens, by recompute"
     table = Table(title=title, title_justify="left")
     table.add_column("part")
-    found = []
+    memories = []
     for recompute in RECOMPUTE:
         policy = layout.policy.model_copy(update={"recompute": recompute})
-        work = workload(plan.recipe, plan.recipe.stages[0], plan.assumed)
-        found.append(examine(plan.recipe, plan.spec, plan.gpu, plan.engine, work, policy))
+        memories.append(trainer_memory(plan.spec, policy, layout.row))
         mark = "*" if recompute == layout.policy.recompute else ""
         table.add_column(recompute + mark, justify="right")
-    memories = [x.memory for x in found if x.memory]
     names = ("weights", "gradients", "optimizer", "fp8", "activations", "working")
     labels = {
         "fp8": "FP8 copies of weights",

@@ -245,20 +245,23 @@ def test_trainer_memory_by_hand() -> None:
     row = Row.largest(policy, 16, 64)
     found = trainer_memory(SMALL, policy, row)
     assert (found.weights, found.gradients, found.optimizer) == (2 * count, 4 * count, 6 * count)
-    assert found.host == 2 * count
+    # The reference; a checkpoint's copy of both models, of fp32 weights and moments, not shared.
+    assert found.host == (2 + 2 + 2 + 12) * count
     # Four layer inputs of 128 x 48 in fp32; the head: norm (two and a scale), states, targets.
     states = 128 * 48 * 4
     assert found.activations == 4 * states + 3 * states + 128 * (4 + 8 + 4)
-    assert trainer_memory(SMALL, policy, row, background=True).host == 2 * count * 3 + 6 * count
     halved = policy.optimizer.model_copy(update={"moments": "bf16"})
     saved = policy.model_copy(update={"optimizer": halved})
     assert trainer_memory(SMALL, saved, row).optimizer == 4 * count
+    assert trainer_memory(SMALL, saved, row).host == found.host
 
 
 def test_fp32_has_no_second_set_of_weights() -> None:
     policy = Policy(precision="fp32", tokens_per_microbatch=128)
     found = trainer_memory(SMALL, policy, Row.largest(policy, 16, 64))
-    assert found.optimizer == 8 * rank_parameters(SMALL, policy, 0)
+    count = rank_parameters(SMALL, policy, 0)
+    assert found.optimizer == 8 * count
+    assert found.host == (4 + 4 + 4 + 12) * count
 
 
 SPEC = KNOWN["deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"]
