@@ -74,22 +74,16 @@ def average(scores: Sequence[Sequence[float]]) -> Average:
     return Average(mean, error_items, error_samples, items, samples)
 
 
-def mean_of_groups(scores: Sequence[Sequence[float]], groups: Sequence[str]) -> float:
-    """Unweighted mean over groups of the mean over their items.
-
-    Reasoning Gym is reported by task and by category, and the two means differ by points.
+def group_means(groups: Sequence[str], values: Sequence[float]) -> dict[str, float]:
+    """Mean of the values of each group, by its name, in the order of names.
 
     Args:
-        scores: [items, samples].
-        groups: the group of each item, [items].
+        groups: the group of each value, [values].
     """
-    means = item_means(scores)
-    if len(groups) != len(means):
-        raise ValueError(f"{len(means)} items, but {len(groups)} groups")
     by_group: dict[str, list[float]] = {}
-    for group, value in zip(groups, means, strict=True):
+    for group, value in zip(groups, values, strict=True):
         by_group.setdefault(group, []).append(value)
-    return math.fsum(math.fsum(v) / len(v) for v in by_group.values()) / len(by_group)
+    return {group: math.fsum(found) / len(found) for group, found in sorted(by_group.items())}
 
 
 def pass_at_k(scores: Sequence[Sequence[float]]) -> Matrix:
@@ -140,7 +134,7 @@ class OutcomeShares:
         right: score 1.
         partial: a score between 0 and 1.
         no_answer: score 0 because the grader found nothing to grade, or refused its form: a
-            failure of format, kept apart from wrong answers.
+            failure of format, kept apart from wrong answers. So is a prompt that was not asked.
         wrong: an answer, with score 0.
         truncated: cut by the response limit, whatever the score.
         no_answer_truncated: of all samples, those with no answer *and* cut: a longer limit,
@@ -157,8 +151,10 @@ class OutcomeShares:
     tokens: float
 
 
+NOT_ASKED = "not asked"
+"""First words of the reason of a sample whose prompt could not be given to the model."""
 # The part of a verdict's reason before its first colon, where nothing was graded.
-_FORMAT_FAILURES = {"no answer", "refused"}
+_NOT_GRADED = {"no answer", "refused", NOT_ASKED}
 
 
 def outcome_shares(outcomes: Sequence[Outcome]) -> OutcomeShares:
@@ -180,7 +176,7 @@ def kind_of(score: float, reason: str) -> str:
     """What became of a sample, in one word: right, partial, no_answer or wrong."""
     if score > 0:
         return "right" if score == 1.0 else "partial"
-    return "no_answer" if reason.split(":")[0] in _FORMAT_FAILURES else "wrong"
+    return "no_answer" if reason.split(":")[0] in _NOT_GRADED else "wrong"
 
 
 def _variance(values: Sequence[float]) -> float:

@@ -84,7 +84,6 @@ def paired_test(
     a: Mapping[str, Sequence[float]],
     b: Mapping[str, Sequence[float]],
     *,
-    level: float = 0.95,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Paired:
@@ -107,7 +106,7 @@ def paired_test(
     size = len(differences)
     mean = math.fsum(differences) / size
     error = float(differences.std(ddof=1)) / math.sqrt(size) if size > 1 else None
-    interval = bootstrap_interval(differences.tolist(), level=level, resamples=resamples, seed=seed)
+    interval = bootstrap_interval(differences.tolist(), resamples=resamples, seed=seed)
     return Paired(mean, error, interval, _sign_flip(differences, resamples, seed), size)
 
 

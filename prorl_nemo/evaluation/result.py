@@ -14,12 +14,13 @@ from typing import Any
 from prorl_nemo.errors import UserError
 from prorl_nemo.evaluation.consensus import MAX_SAMPLES, cons_at_k
 from prorl_nemo.evaluation.estimators import (
+    NOT_ASKED,
     Average,
     Outcome,
     OutcomeShares,
     average,
+    group_means,
     item_means,
-    mean_of_groups,
     outcome_shares,
     pass_at_k,
     pass_curve,
@@ -70,13 +71,14 @@ class BenchmarkResult:
 
     Attributes:
         metric: avg (strict scores) or reward (continuous ones).
-        interval: of the average, over items: bootstrap, and where all items are alike the exact
-            binomial bound, since resampling equal values would claim certainty.
+        interval: of the average, over items: bootstrap, and with every item at 0, or every one at
+            1, the exact binomial bound, since resampling equal values would claim certainty.
         pass_curve: pass@k for k = 1 ... n.
         pass_interval: of pass@n, likewise.
         votes: cons@k for k = 1, 2, 4 ... n; None where answers cannot be voted on.
         groups: mean score by task, where there are several.
-        task_mean, category_mean: unweighted means over tasks and over Reasoning Gym's categories.
+        task_mean, category_mean: unweighted means over tasks, and over Reasoning Gym's categories
+            of the means over their tasks. Both are reported, and differ by points.
         extra: other readings of the same verdicts (IFEval), as means over samples.
         not_asked: samples whose prompt the model cannot be given; they count as 0.
         notes: what a reader must know: subsets, items that are not pinned, votes that failed.
@@ -104,10 +106,6 @@ class BenchmarkResult:
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
-
-
-NOT_ASKED = "not asked"
-"""First words of the reason of a sample whose prompt could not be given to the model."""
 
 
 def read_samples(suite: Suite, rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Graded]]:
@@ -161,7 +159,7 @@ def benchmark_result(
     scores = list(scores_of(part, samples).values())
     raw = [[sample.score for sample in row] for row in rows]
     flat = [sample for row in rows for sample in row]
-    ours = average(scores)
+    ours, means = average(scores), item_means(scores)
     votes, notes = _votes(benchmark.grader, rows, part.samples)
     if not items.whole:
         notes.append(f"{len(items.items)} of {items.total} items")
@@ -170,8 +168,9 @@ def benchmark_result(
     not_asked = sum(sample.reason.startswith(NOT_ASKED) for sample in flat)
     if not_asked:
         notes.append(f"{not_asked} samples could not be asked, and count as 0")
-    tasks = [item.group for item in items.items]
-    several = len(set(tasks)) > 1
+    by_task = group_means([item.group for item in items.items], means)
+    if len(by_task) == 1:
+        by_task = {}
     beside = [
         _beside(ours, published, label, part, model)
         for published in reported
@@ -183,14 +182,16 @@ def benchmark_result(
         domain=benchmark.domain,
         metric=part.metric,
         average=ours,
-        interval=_interval(item_means(scores)),
+        interval=_interval(means),
         pass_curve=pass_curve(raw),
         pass_interval=_interval(pass_at_k(raw)[:, -1].tolist()),
         votes=votes,
         shares=outcome_shares([Outcome(s.score, s.reason, s.tokens, s.truncated) for s in flat]),
-        groups=_by_task(tasks, item_means(scores)) if several else {},
-        task_mean=mean_of_groups(scores, tasks) if several else None,
-        category_mean=_category_mean(tasks, item_means(scores)) if several else None,
+        groups=by_task,
+        task_mean=_mean(by_task),
+        category_mean=_mean(
+            group_means([category_of(task) for task in by_task], [*by_task.values()])
+        ),
         extra=_extra(flat),
         not_asked=not_asked,
         notes=notes,
@@ -254,15 +255,14 @@ def _read(score: float, strict: bool) -> float:
     return float(score == 1.0) if strict else score
 
 
-def _interval(means: Sequence[float], level: float = 0.95) -> Interval:
-    """Of the mean over items. With every item at 0 (or 1) nothing was seen to vary: the bound is
-    that of Clopper and Pearson (1934), 1 - (alpha / 2) ** (1 / items)."""
+def _interval(means: Sequence[float]) -> Interval:
+    """95 % interval of the mean over items. With every item at 0 (or 1) nothing was seen to vary:
+    the bound is that of Clopper and Pearson (1934), 1 - (alpha / 2) ** (1 / items)."""
     if set(means) not in ({0.0}, {1.0}):
-        return bootstrap_interval(means, level=level)
-    open_share = 1 - ((1 - level) / 2) ** (1 / len(means))
-    return (
-        Interval(0.0, open_share, level) if means[0] == 0 else Interval(1 - open_share, 1.0, level)
-    )
+        return bootstrap_interval(means)
+    unseen = 1 - 0.025 ** (1 / len(means))
+    low, high = (0.0, unseen) if means[0] == 0 else (1 - unseen, 1.0)
+    return Interval(low, high, 0.95)
 
 
 def _votes(
@@ -283,19 +283,9 @@ def _votes(
         return None, [f"no votes: {error}"]
 
 
-def _by_task(tasks: Sequence[str], means: Sequence[float]) -> dict[str, float]:
-    by_task: dict[str, list[float]] = {}
-    for task, value in zip(tasks, means, strict=True):
-        by_task.setdefault(task, []).append(value)
-    return {task: math.fsum(v) / len(v) for task, v in sorted(by_task.items())}
-
-
-def _category_mean(tasks: Sequence[str], means: Sequence[float]) -> float:
-    """Mean over categories of the mean over their tasks of the mean over a task's items."""
-    by_category: dict[str, list[float]] = {}
-    for task, value in _by_task(tasks, means).items():
-        by_category.setdefault(category_of(task), []).append(value)
-    return math.fsum(math.fsum(v) / len(v) for v in by_category.values()) / len(by_category)
+def _mean(by_group: Mapping[str, float]) -> float | None:
+    """Unweighted; None without groups."""
+    return math.fsum(by_group.values()) / len(by_group) if by_group else None
 
 
 @cache

@@ -19,9 +19,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prorl_nemo.errors import UserError
-from prorl_nemo.evaluation.estimators import kind_of
+from prorl_nemo.evaluation.estimators import NOT_ASKED, kind_of
 from prorl_nemo.evaluation.items import Item
-from prorl_nemo.evaluation.result import NOT_ASKED
 from prorl_nemo.evaluation.suite import Suite
 from prorl_nemo.harness.generator import Answer, CannotAsk, Generator, Rendered, Wanted, chat
 from prorl_nemo.harness.store import Store

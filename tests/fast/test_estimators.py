@@ -16,8 +16,8 @@ from prorl_nemo.evaluation.consensus import cons_at_k
 from prorl_nemo.evaluation.estimators import (
     Outcome,
     average,
+    group_means,
     item_means,
-    mean_of_groups,
     outcome_shares,
     pass_at_k,
     pass_curve,
@@ -74,11 +74,9 @@ def test_scores_that_would_mislead_are_refused(scores: list[list[float]]) -> Non
 
 
 def test_group_means() -> None:
-    scores = [[1.0], [0.0], [0.0], [1.0]]
-    assert mean_of_groups(scores, ["a", "b", "b", "b"]) == pytest.approx((1 + 1 / 3) / 2)
-    assert average(scores).mean == 0.5
+    assert group_means(["b", "a", "b", "b"], [0.0, 1.0, 0.0, 1.0]) == {"a": 1.0, "b": 1 / 3}
     with pytest.raises(ValueError):
-        mean_of_groups(scores, ["a"])
+        group_means(["a"], [1.0, 0.0])
 
 
 def test_pass_at_k_by_hand() -> None:
@@ -255,11 +253,12 @@ def test_outcomes_by_hand() -> None:
             Outcome(0.0, "wrong: '7'", 10, False),
             Outcome(0.0, "", 0, False),
             Outcome(0.0, "no answers pass", 0, False),
+            Outcome(0.0, "not asked: it spells a control token", 0, False),
         ]
     )
-    assert (shares.right, shares.partial) == (1 / 8, 1 / 8)
-    assert (shares.no_answer, shares.wrong) == (3 / 8, 3 / 8)
-    assert (shares.truncated, shares.no_answer_truncated) == (2 / 8, 1 / 8)
-    assert shares.tokens == 10
+    assert (shares.right, shares.partial) == (1 / 9, 1 / 9)
+    assert (shares.no_answer, shares.wrong) == (4 / 9, 3 / 9)
+    assert (shares.truncated, shares.no_answer_truncated) == (2 / 9, 1 / 9)
+    assert shares.tokens == pytest.approx(80 / 9)
     with pytest.raises(ValueError):
         outcome_shares([])
