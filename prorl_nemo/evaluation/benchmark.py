@@ -182,12 +182,16 @@ def load_protocols(folder: Path) -> dict[str, Protocol]:
     """The protocols of `folder/protocols`, by name. Raises UserError as `load_benchmarks`, and
     for a protocol that speaks of a benchmark that is not there."""
     protocols = _load(Protocol, folder / "protocols")
+    return {name: check_names(protocol, folder) for name, protocol in protocols.items()}
+
+
+def check_names(protocol: Protocol, folder: Path) -> Protocol:
+    """The protocol itself. Raises UserError if it names a benchmark that `folder` has not."""
     known = {path.stem for path in (folder / "benchmarks").glob("*.yaml")}
-    for protocol in protocols.values():
-        for name in [*protocol.benchmarks, *protocol.samples_for]:
-            if name not in known:
-                raise UserError(f"protocol {protocol.name}: there is no benchmark {name!r}")
-    return protocols
+    for name in [*protocol.benchmarks, *protocol.samples_for]:
+        if name not in known:
+            raise UserError(f"protocol {protocol.name}: there is no benchmark {name!r}")
+    return protocol
 
 
 def _load(schema: type[Named], folder: Path) -> dict[str, Named]:

@@ -21,7 +21,7 @@ from prorl_nemo.data.reasoning_gym_generator import GeneratorDied, ReasoningGymG
 from prorl_nemo.data.record import BadRowError, SkippedRow
 from prorl_nemo.data.row_files import rows
 from prorl_nemo.errors import UserError
-from prorl_nemo.evaluation.benchmark import Benchmark
+from prorl_nemo.evaluation.benchmark import Benchmark, Data
 from prorl_nemo.evaluation.readers import canonical, read_row
 
 # Every run of every model sits the same exam; training has other seeds and another split.
@@ -197,8 +197,7 @@ def _generated(benchmark: Benchmark, limit: int | None) -> Items:
     """Items of Reasoning Gym: of each task the first that its generator can make."""
     data = benchmark.data
     _check_version(data.name, data.revision, benchmark.name)
-    per_task = data.items_per_task or 1
-    taken = per_task if limit is None else max(1, min(per_task, limit // len(data.tasks)))
+    taken = taken_per_task(data, limit)
     generator = ReasoningGymGenerator()
     try:
         named = [
@@ -208,11 +207,24 @@ def _generated(benchmark: Benchmark, limit: int | None) -> Items:
         ]
     finally:
         generator.close()
-    if taken == per_task:
+    if taken == data.items_per_task:
         return _checked(benchmark, named, None)
     named.sort(key=lambda entry: entry[0])
     sha256 = hashlib.sha256("\n".join(line for _, line, _ in named).encode()).hexdigest()
     return Items([item for _, _, item in named], sha256, data.items or 0, False)
+
+
+def taken_per_task(data: Data, limit: int | None) -> int:
+    """Generated items of each task where at most `limit` of all are wanted: at least one."""
+    most = data.items_per_task or 1
+    return most if limit is None else max(1, min(most, limit // len(data.tasks)))
+
+
+def items_under(data: Data, total: int, limit: int | None) -> int:
+    """How many of `total` items a limit leaves."""
+    if limit is None:
+        return total
+    return taken_per_task(data, limit) * len(data.tasks) if data.tasks else min(total, limit)
 
 
 def _task_items(

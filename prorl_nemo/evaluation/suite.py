@@ -15,10 +15,11 @@ from prorl_nemo.errors import UserError
 from prorl_nemo.evaluation.benchmark import (
     Benchmark,
     Protocol,
+    check_names,
     load_benchmarks,
     load_protocols,
 )
-from prorl_nemo.evaluation.items import Item, Items, load_items
+from prorl_nemo.evaluation.items import Item, Items, items_under, load_items, taken_per_task
 from prorl_nemo.settings_file import changed_keys, load_settings, parse_settings
 
 DEFINITIONS = Path(__file__).parents[1] / "eval"
@@ -159,7 +160,7 @@ def load_suite(
 def find_protocol(definitions: Path, name: str) -> Protocol:
     """A protocol by its name under `definitions`, or from a file of one's own."""
     if name.endswith((".yaml", ".yml")) or "/" in name:
-        return load_settings(Protocol, Path(name))
+        return check_names(load_settings(Protocol, Path(name)), definitions)
     protocols = load_protocols(definitions)
     if name not in protocols:
         raise UserError(
@@ -242,13 +243,12 @@ def under_protocol(suite: Suite, protocol: Protocol) -> Suite:
         benchmark, items = part.benchmark, part.items
         if protocol.benchmarks and benchmark.name not in protocol.benchmarks:
             continue
-        wanted = protocol.samples_of(benchmark)
-        there = len(items.items)
-        if wanted > part.samples or (there < items.total and there < (protocol.items or there + 1)):
+        wanted, there = protocol.samples_of(benchmark), len(items.items)
+        most = items_under(benchmark.data, items.total, protocol.items)
+        if wanted > part.samples or there < most:
             raise UserError(
-                f"--protocol: {protocol.name} wants {wanted} samples of "
-                f"{protocol.items or items.total} items of {benchmark.name}; there are "
-                f"{part.samples} of {there}"
+                f"--protocol: {protocol.name} wants {wanted} samples of {most} items of "
+                f"{benchmark.name}; there are {part.samples} of {there}"
             )
         fewer = replace(items, items=_first(items.items, benchmark, protocol.items))
         parts.append(Part(benchmark, fewer, wanted, protocol.strict(benchmark)))
@@ -262,7 +262,7 @@ def _first(items: list[Item], benchmark: Benchmark, limit: int | None) -> list[I
     tasks = benchmark.data.tasks
     if limit is None or not tasks:
         return items[:limit]
-    per_task, taken = max(1, limit // len(tasks)), dict.fromkeys(tasks, 0)
+    per_task, taken = taken_per_task(benchmark.data, limit), dict.fromkeys(tasks, 0)
     chosen = []
     for item in items:
         taken[item.group] += 1
@@ -271,9 +271,9 @@ def _first(items: list[Item], benchmark: Benchmark, limit: int | None) -> list[I
     return chosen
 
 
-def changed_lines(before: Any, now: Any, prefix: str = "") -> list[str]:
-    """Dotted keys in which two manifests differ, behind `prefix`, with both values cut short."""
+def changed_lines(before: Any, now: Any) -> list[str]:
+    """Dotted keys in which two manifests differ, with both values cut short."""
     return [
         f"{key}: {there!r:.100} there, {here!r:.100} now"
-        for key, (there, here) in sorted(changed_keys(before, now, prefix).items())
+        for key, (there, here) in sorted(changed_keys(before, now).items())
     ]

@@ -10,8 +10,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from prorl_nemo.evaluation.estimators import NOT_ASKED
 from prorl_nemo.evaluation.result import (
-    NOT_ASKED,
     BenchmarkResult,
     ModelsCompared,
     compare_models,
@@ -25,7 +25,14 @@ from prorl_nemo.harness.outputs import (
     write_results,
 )
 from prorl_nemo.harness.runner import open_graders, verdict_of
-from prorl_nemo.harness.store import SAMPLES, locked, read_store, replace_file, sample_rows
+from prorl_nemo.harness.store import (
+    SAMPLES,
+    locked,
+    read_manifest,
+    read_store,
+    replace_file,
+    sample_rows,
+)
 from prorl_nemo.rewards.pool import GraderPool
 from prorl_nemo.rewards.verdict import Verdict
 
@@ -50,6 +57,7 @@ def regrade(
     Returns:
         the figures, and how many samples have another score or verdict than before.
     """
+    read_manifest(folder)  # Refuses a folder of something else before the lock makes one.
     with ExitStack() as stack:
         stack.enter_context(locked(folder))
         reported = reported_numbers(definitions)
@@ -100,15 +108,7 @@ def compare(a: Path, b: Path) -> tuple[list[ModelsCompared], list[str], tuple[st
         samples.append(read_samples(suite, sample_rows(folder)))
     compared = compare_models(suites[0], samples[0], suites[1], samples[1])
     common = {found.name for found in compared}
-    unlike = [
-        line
-        for key in ("protocol", "benchmarks")
-        for line in changed_lines(
-            _comparable(manifests[0], key, common),
-            _comparable(manifests[1], key, common),
-            key,
-        )
-    ]
+    unlike = changed_lines(*(_comparable(manifest, common) for manifest in manifests))
     names = tuple(str(m["model"]["name"]) for m in manifests)
     first, second = (
         (f"{names[0]} (1)", f"{names[1]} (2)") if names[0] == names[1] else (names[0], names[1])
@@ -130,13 +130,10 @@ def _graded_again(
 
     for number, row in enumerate(sample_rows(folder)):
         record = records.get(row["item"])
-        # Without a response there is nothing to grade again: it was not asked.
-        asked = record is not None and row["seed"] is not None and not _not_asked(row)
-        future = (
-            graders.submit(str(number), record, row["response"], training=False)
-            if asked and record is not None
-            else None
-        )
+        future = None
+        # What was not asked has no response to grade again.
+        if record is not None and not row["reason"].startswith(NOT_ASKED):
+            future = graders.submit(str(number), record, row["response"], training=False)
         waiting.append((row, future))
         if len(waiting) >= _AHEAD:
             yield finish()
@@ -144,12 +141,17 @@ def _graded_again(
         yield finish()
 
 
-def _not_asked(row: dict[str, Any]) -> bool:
-    return str(row["reason"]).startswith(NOT_ASKED)
-
-
-def _comparable(manifest: dict[str, Any], key: str, common: set[str]) -> dict[str, Any]:
-    if key == "protocol":
-        return {name: manifest[key][name] for name in ("sampling", "scoring")}
+def _comparable(manifest: dict[str, Any], common: set[str]) -> dict[str, Any]:
+    """What decides the figures of the benchmarks in common, but for the model."""
     fields = ("definition", "items_sha256", "samples")
-    return {name: {f: manifest[key][name][f] for f in fields} for name in common}
+    generator = manifest["model"].get("generator", {})
+    return {
+        "protocol": {name: manifest["protocol"][name] for name in ("sampling", "scoring")},
+        "seed": manifest["seed"],
+        # A server's address and the name it serves are those of the model.
+        "generator": {key: generator[key] for key in generator.keys() - {"url", "served"}},
+        "benchmarks": {
+            name: {field: manifest["benchmarks"][name][field] for field in fields}
+            for name in common
+        },
+    }

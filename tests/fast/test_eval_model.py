@@ -234,6 +234,11 @@ def test_a_protocol_of_one_s_own(tmp_path: Path) -> None:
     path.write_text("name: mine\nsampels: 3\n")
     with pytest.raises(UserError, match="sampels"):
         find_protocol(EVAL, str(path))
+    # A name that nothing has would leave the benchmark that was meant at 16 samples.
+    raw = PROTOCOLS["prorl"].model_dump(mode="json") | {"samples_for": {"math_500": 4}}
+    path.write_text(dump_yaml(raw))
+    with pytest.raises(UserError, match="no benchmark 'math_500'"):
+        find_protocol(EVAL, str(path))
     with pytest.raises(UserError, match="says nothing about gsm8k"):
         load_suite(EVAL, "justrl", ["gsm8k"])
     with pytest.raises(UserError, match="named twice"):

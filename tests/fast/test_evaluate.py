@@ -293,6 +293,13 @@ def test_two_models_are_compared_on_the_same_items(
     assert found.paired.difference == pytest.approx(sum(map(sum, by_item.values())) / ITEMS)
     assert found.paired.items == ITEMS
     assert unlike == []
+    manifest = json.loads((out / "evaluation.json").read_text())
+    manifest["model"]["generator"]["precision"] = "bf16"
+    (out / "evaluation.json").write_text(json.dumps(manifest | {"seed": 3}))
+    assert compare(out, done)[1] == [
+        "generator.precision: 'bf16' there, None now",
+        "seed: 3 there, 0 now",
+    ]
     assert names[0] != names[1]
     shown = CliRunner().invoke(app, ["eval", "--compare", str(out), str(done)])
     assert shown.exit_code == 0, shown.output
@@ -341,7 +348,7 @@ def test_hostile_text_is_only_text(folder: Path, tmp_path: Path) -> None:
     [
         ([], "give a MODEL"),
         (["m", "--regrade", "d"], "give a MODEL"),
-        (["--regrade", "/"], "no folder of an evaluation"),
+        (["--regrade", "none"], "no folder of an evaluation"),
         (["no/such/folder"], "there is no folder"),
         (["tiny-arithmetic", "--protocol", "none"], "there is no protocol 'none'"),
         (["tiny-arithmetic", "--benchmarks", "x"], "there is no benchmark 'x'"),
@@ -354,11 +361,17 @@ def test_hostile_text_is_only_text(folder: Path, tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_told_before_engines_start(
-    folder: Path, tmp_path: Path, arguments: list[str], part: str
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    part: str,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     more = ["--definitions", folder, "--data-dir", folder / "data", "--out", tmp_path / "out"]
     if "--protocol" not in arguments:
         more += ["--protocol", "plain"]
     result = CliRunner().invoke(app, ["eval", *arguments, *map(str, more)])
     assert result.exit_code == 2, result.output
     assert part in result.stderr
+    assert not (tmp_path / "none").exists()

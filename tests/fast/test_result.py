@@ -213,6 +213,12 @@ def test_another_protocol_reads_the_same_samples_where_it_can() -> None:
     (read,) = under_protocol(suite, fewer).parts
     # Three of each task, as a limit takes them, and not the first ones by name.
     assert Counter(item.group for item in read.items.items) == dict.fromkeys(rg.data.tasks[:4], 3)
+    # One of each task is what a limit of 100 gives as well as one of 96, but not one of 192.
+    each = Suite(PROTOCOLS["prorl"], "prorl", 0, [part(rg, list(rg.data.tasks), 16, total=9600)])
+    limited = [PROTOCOLS["prorl"].model_copy(update={"items": n}) for n in (100, 192)]
+    assert len(under_protocol(each, limited[0]).parts[0].items.items) == 96
+    with pytest.raises(UserError, match=r"wants 16 samples of 192 items .* there are 16 of 96"):
+        under_protocol(each, limited[1])
     strict = PROTOCOLS["prorl"].model_copy(update={"scoring": "strict"})
     assert under_protocol(suite, strict).parts[0].strict
     for change, part_of_it in (
