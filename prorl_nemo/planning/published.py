@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from prorl_nemo.planning.engine import Engine, Generation, generation_seconds
+from prorl_nemo.planning.engine import Engine, Generation
 from prorl_nemo.planning.hardware import FITTED, GIB, GPUS, Efficiency
 from prorl_nemo.planning.shapes import KNOWN
 from prorl_nemo.planning.step_time import StepTime, Workload, step_time
@@ -53,8 +53,15 @@ class Published:
         generation = Generation(drawn, self.samples, PROMPT, mean, self.limit, SPREAD, self.rounds)
         return Workload(generation, self.prompts, self.minibatches)
 
+    def engine(self) -> Engine:
+        """One of those it has on each GPU, with six tenths of the memory. Our choice."""
+        spec, gpu = KNOWN[self.model], GPUS[self.gpu]
+        token = 4 * spec.layers * spec.groups * spec.head_dim
+        weights = 2 * spec.parameters
+        return Engine(weights, GIB, int(0.6 * gpu.memory) - weights - GIB, token)
+
     def predicted(self, share: Efficiency = FITTED) -> StepTime:
-        """Data-parallel ranks with full recomputation, prompts not shared, an engine a GPU."""
+        """Data-parallel ranks with full recomputation, prompts not shared."""
         spec, gpu = KNOWN[self.model], GPUS[self.gpu]
         policy = Policy(
             data_parallel=self.gpus,
@@ -62,10 +69,8 @@ class Published:
             shared_prompts=False,
             tokens_per_microbatch=16384,
         )
-        token = 4 * spec.layers * spec.groups * spec.head_dim
-        weights = 2 * spec.parameters
-        engine = Engine(weights, GIB, int(0.6 * gpu.memory) - weights - GIB, token)
-        return step_time(spec, policy, gpu, engine, self.gpus, self.workload(), "cuda_ipc", share)
+        work, engine = self.workload(), self.engine()
+        return step_time(spec, policy, gpu, engine, self.gpus, work, "cuda_ipc", share)
 
     def ratio(self, share: Efficiency = FITTED) -> float:
         """Published over predicted GPU-hours."""
@@ -107,13 +112,8 @@ GENERATION = ((RUNS[0], 36.5), (RUNS[3], 72.4))
 
 def generation_rate(run: Published, share: Efficiency = FITTED) -> float:
     """Responses a second that the engines generate."""
-    spec, gpu = KNOWN[run.model], GPUS[run.gpu]
-    token = 4 * spec.layers * spec.groups * spec.head_dim
-    engine = Engine(2 * spec.parameters, GIB, int(0.5 * gpu.memory), token)
     work = run.workload().generation
-    return (
-        work.prompts * work.samples / generation_seconds(spec, engine, gpu, share, work, run.gpus)
-    )
+    return work.prompts * work.samples / run.predicted(share).generation
 
 
 def table() -> str:
