@@ -97,9 +97,9 @@ def layouts(
         tries = [
             examine(recipe, spec, gpu, engine, work, policy) for policy in _variants(recipe, axes)
         ]
-        fitting = [layout for layout in tries if layout.time and layout.fits]
+        fitting = [layout for layout in tries if layout.fits]
         found.append(min(fitting, key=_seconds) if fitting else min(tries, key=_peak))
-    fastest = min(map(_seconds, found))
+    fastest = min(map(_seconds, [layout for layout in found if layout.fits] or found))
 
     def rank(layout: Layout) -> tuple[Any, ...]:
         time, policy = layout.time, layout.policy

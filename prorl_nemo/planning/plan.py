@@ -147,18 +147,7 @@ def make_plan(
         UserError: naming the option or key at fault.
     """
     assumed = assumed or Assumptions()
-    gpu = find_gpu(gpu_name)
-    _check_arguments(recipe, gpus, assumed)
-    spec = model_shape(model or recipe.model)
-    context = recipe.data.max_prompt_tokens + recipe.longest_response
-    if context > spec.max_positions:
-        raise RecipeError(
-            f"data.max_prompt_tokens + rollout.max_response_tokens: {context} tokens exceed the "
-            f"model's {spec.max_positions} positions; lower one of them"
-        )
-    _check_split(recipe, spec, gpus)
-    engine = engine_memory(recipe, spec, gpu)
-    _check_engine(recipe, gpu, engine, context)
+    gpu, spec, engine = checked(recipe, gpus, gpu_name, assumed, model)
     work = [workload(recipe, stage, assumed) for stage in recipe.stages]
     # Layouts are ranked by the stage with most to generate; the time of all is added up below.
     heaviest = max(work, key=lambda w: w.generation.mean * w.generation.samples)
@@ -174,6 +163,25 @@ def make_plan(
             for number in range(len(recipe.stages))
         ]
     return Plan(recipe, spec, gpu, gpus, engine, assumed, own, found, stages)
+
+
+def checked(
+    recipe: Recipe, gpus: int, gpu_name: str, assumed: Assumptions, model: str | None = None
+) -> tuple[Gpu, ModelSpec, Engine]:
+    """The GPU, the model's shape and an engine on it. Raises UserError as `make_plan`."""
+    gpu = find_gpu(gpu_name)
+    _check_arguments(recipe, gpus, assumed)
+    spec = model_shape(model or recipe.model)
+    context = recipe.data.max_prompt_tokens + recipe.longest_response
+    if context > spec.max_positions:
+        raise RecipeError(
+            f"data.max_prompt_tokens + rollout.max_response_tokens: {context} tokens exceed the "
+            f"model's {spec.max_positions} positions; lower one of them"
+        )
+    _check_split(recipe, spec, gpus)
+    engine = engine_memory(recipe, spec, gpu)
+    _check_engine(recipe, gpu, engine, context)
+    return gpu, spec, engine
 
 
 def _check_arguments(recipe: Recipe, gpus: int, assumed: Assumptions) -> None:
@@ -222,11 +230,15 @@ def _check_engine(recipe: Recipe, gpu: Gpu, engine: Engine, context: int) -> Non
 
 
 def workload(recipe: Recipe, stage: Stage, assumed: Assumptions) -> Workload:
-    """What a step of a stage computes; validation has one task for each source."""
+    """What a step of a stage computes; validation has one task for each source. Without dynamic
+    sampling the places of groups without signal stay empty."""
     rollout, validation = recipe.rollout, recipe.validation
     limit = stage.max_response_tokens or rollout.max_response_tokens
     samples = stage.samples_per_prompt or rollout.samples_per_prompt
     prompts, mean = rollout.prompts_per_step, assumed.mean_response * limit
+    drawn, kept = prompts / assumed.keep_rate, prompts
+    if not rollout.dynamic_sampling:
+        drawn, kept = prompts, max(1, round(prompts * assumed.keep_rate))
     spread = min(published.SPREAD, 1 / assumed.mean_response)
     shape = {
         "prompt": assumed.prompt_tokens(recipe),
@@ -236,8 +248,8 @@ def workload(recipe: Recipe, stage: Stage, assumed: Assumptions) -> Workload:
     }
     held_out = validation.prompts_per_task * len(recipe.data.sources)
     return Workload(
-        Generation(prompts=prompts / assumed.keep_rate, samples=samples, **shape),  # type: ignore[arg-type]
-        prompts,
+        Generation(prompts=drawn, samples=samples, **shape),  # type: ignore[arg-type]
+        kept,
         recipe.algorithm.minibatches,
         Generation(prompts=held_out, samples=validation.samples, **shape),  # type: ignore[arg-type]
         1 / validation.interval,

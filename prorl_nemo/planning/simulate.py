@@ -21,12 +21,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from prorl_nemo.errors import UserError
+from prorl_nemo.megatron.layout import ModelSpec
 from prorl_nemo.planning.activations import width
-from prorl_nemo.planning.engine import Generation, decode_seconds, engine_memory
-from prorl_nemo.planning.hardware import FITTED, GPUS_PER_NODE, find_gpu
+from prorl_nemo.planning.engine import Engine, Generation, decode_seconds
+from prorl_nemo.planning.hardware import FITTED, GPUS_PER_NODE, Gpu
 from prorl_nemo.planning.layouts import Layout, layouts
-from prorl_nemo.planning.plan import Assumptions, workload
-from prorl_nemo.planning.shapes import model_shape
+from prorl_nemo.planning.plan import Assumptions, checked, workload
+from prorl_nemo.planning.step_time import Workload
 from prorl_nemo.recipe import Recipe, load_recipe
 
 CONTROLLER_SECONDS = 0.25e-3
@@ -106,10 +108,13 @@ def simulate(
     fleets: Sequence[int] = FLEETS,
     assumed: Assumptions | None = None,
 ) -> list[Step]:
-    """A step of the recipe's last stage on each fleet; the batch stays the recipe's."""
+    """A step of the recipe's last stage on each fleet; the batch stays the recipe's.
+
+    Raises:
+        UserError: naming the option or key at fault.
+    """
     assumed = assumed or Assumptions()
-    gpu, spec = find_gpu(gpu_name), model_shape(recipe.model)
-    engine = engine_memory(recipe, spec, gpu)
+    gpu, spec, engine = checked(recipe, min(fleets), gpu_name, assumed)
     work = workload(recipe, recipe.stages[-1], assumed)
     generation = work.generation
     places = engine.sequences(generation.prompt + generation.mean)
@@ -119,7 +124,7 @@ def simulate(
     ]
     found = []
     for gpus in fleets:
-        layout = _largest_layout(recipe, gpu_name, gpus, assumed)
+        layout = _largest_layout(recipe, spec, gpu, engine, work, gpus)
         if layout is None or layout.time is None:
             continue
         engines = gpus // engine.gpus
@@ -153,13 +158,10 @@ def simulate(
 
 
 def _largest_layout(
-    recipe: Recipe, gpu_name: str, gpus: int, assumed: Assumptions
+    recipe: Recipe, spec: ModelSpec, gpu: Gpu, engine: Engine, work: Workload, gpus: int
 ) -> Layout | None:
     """The fastest trainer on as many of the GPUs as it can use: half of them, or fewer, if more
     leave data-parallel ranks without work or cut the model too fine."""
-    gpu, spec = find_gpu(gpu_name), model_shape(recipe.model)
-    engine = engine_memory(recipe, spec, gpu)
-    work = workload(recipe, recipe.stages[-1], assumed)
     best: Layout | None = None
     ranks = gpus
     while ranks >= 1:
@@ -219,9 +221,12 @@ def main() -> None:
     parser.add_argument("--mean-response", type=float, default=Assumptions().mean_response)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
     assumed = Assumptions(arguments.mean_response, arguments.keep_rate)
-    steps = simulate(recipe, arguments.gpu, assumed=assumed)
+    try:
+        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        steps = simulate(recipe, arguments.gpu, assumed=assumed)
+    except UserError as error:
+        parser.error(str(error))
     print(table(steps))
     for gpus, part in stops_scaling(steps):
         print(f"at {gpus:,} GPUs {part} is a tenth of the step or more and no longer shrinks")

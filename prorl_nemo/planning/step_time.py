@@ -175,7 +175,11 @@ def step_time(
     swap = 4 * held / (gpu.host * share.network)
     train = Pass(train=True).seconds(spec, policy, gpu, share, work)
     bytes_ = spec.parameters * width(policy.precision)
-    sent = bytes_ / (HOST_TRANSFER if transfer == "host" else gpu.bandwidth * share.bandwidth)
+    speed = {
+        "host": HOST_TRANSFER,
+        "broadcast": gpu.network * share.network,
+        "cuda_ipc": gpu.bandwidth * share.bandwidth,
+    }[transfer]
     validation = 0.0
     if work.validation and work.validation_share:
         validation = work.validation_share * generation_seconds(
@@ -186,6 +190,6 @@ def step_time(
         old_logprobs=forward,
         reference=forward + swap,
         updates=train + update_seconds(spec, policy, gpu, share, work.minibatches),
-        weights=sent,
+        weights=bytes_ / speed,
         validation=validation,
     )

@@ -14,11 +14,12 @@ from prorl_nemo.cli import app
 from prorl_nemo.errors import ModelError, UserError
 from prorl_nemo.planning.activations import Row
 from prorl_nemo.planning.hardware import GIB, GPUS
-from prorl_nemo.planning.layouts import RECOMPUTE, room
+from prorl_nemo.planning.layouts import RECOMPUTE, Layout, room
 from prorl_nemo.planning.memory import trainer_memory
-from prorl_nemo.planning.plan import Assumptions, make_plan
+from prorl_nemo.planning.plan import Assumptions, make_plan, workload
 from prorl_nemo.planning.published import RUNS
 from prorl_nemo.planning.shapes import model_shape
+from prorl_nemo.planning.step_time import StepTime
 from prorl_nemo.recipe import Recipe, load_recipe, parse_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -73,6 +74,23 @@ def test_those_that_fit_fit_and_come_first() -> None:
     assert v2.chosen
     again = make_plan(load_recipe(path, v2.chosen.overrides(v2.recipe)), 32, "h100")
     assert again.own and again.own.fits and again.gpu_hours == pytest.approx(v2.gpu_hours)
+
+
+def test_a_layout_that_does_not_fit_ranks_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks a model take 3 % more than four, which counts as equal; that one alone would be
+    faster than both changes nothing, as it does not fit."""
+    seconds = {1: 10.0, 2: 10.6, 4: 10.3}
+
+    def examined(*others: Any) -> Layout:
+        policy = others[-1]
+        ranks = policy.ranks // policy.data_parallel
+        time = StepTime(seconds[ranks], 0, 0, 0, 0, 0)
+        row = Row.largest(policy, 512, 8192)
+        return Layout(policy, row, None, time, "memory: too little" if ranks == 1 else "")
+
+    monkeypatch.setattr("prorl_nemo.planning.layouts.examine", examined)
+    best = make_plan(small(), 4, "h100").best
+    assert best and best.policy.data_parallel == 2
 
 
 @pytest.mark.parametrize(
@@ -141,6 +159,14 @@ def test_hours_are_the_sum_over_stages() -> None:
     low, high = plan.gpu_hours_range
     ratios = [run.ratio() for run in RUNS]
     assert (low, high) == (plan.gpu_hours * min(ratios), plan.gpu_hours * max(ratios))
+
+
+def test_without_dynamic_sampling_nothing_is_drawn_again() -> None:
+    """64 prompts of a step: 64 / 0.4 are drawn to keep 64, or 64 to keep a share of 0.4."""
+    for dynamic, drawn, kept in ((True, 160, 64), (False, 64, 26)):
+        recipe = small(rollout={"dynamic_sampling": dynamic})
+        found = workload(recipe, recipe.stages[0], Assumptions(keep_rate=0.4))
+        assert (found.generation.prompts, found.groups) == (pytest.approx(drawn), kept)
 
 
 @pytest.mark.parametrize(("less", "more"), [("h100", "h200"), ("h200", "b200"), ("a100", "h200")])
@@ -258,4 +284,5 @@ def test_the_page_has_the_figures_of_the_real_recipes() -> None:
     ]
     figures = " | ".join(f"{peak / GIB:.1f}" for peak in peaks)
     assert f"| trainer at its peak | {figures} |" in page
-    assert f"{room(plan.gpu, plan.engine) / GIB:.1f}" in page
+    left = f"{room(plan.gpu, plan.engine) / GIB:.1f}"
+    assert f"| room beside an engine of half the GPU | {left} | {left} | {left} |" in page

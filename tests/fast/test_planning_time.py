@@ -210,6 +210,15 @@ def test_messages_in_a_layer_by_hand(axis: str) -> None:
     assert found == pytest.approx(sent[axis] / 450e9)
 
 
+@pytest.mark.parametrize(
+    ("transfer", "speed"), [("host", 0.5e9), ("broadcast", 50e9), ("cuda_ipc", 3.35e12)]
+)
+def test_weights_take_their_way(transfer: str, speed: float) -> None:
+    work = Workload(Generation(1, 2, 10.0, 20.0, 40, 1.0), groups=1, minibatches=1)
+    found = step_time(SPEC, Policy(), H100, ENGINE, 1, work, transfer, ALL)
+    assert found.weights == pytest.approx(2 * SPEC.parameters / speed)
+
+
 def test_total_is_the_sum_of_the_phases() -> None:
     assert StepTime(1, 2, 3, 4, 5, 6).total == 21
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from prorl_nemo.errors import UserError
 from prorl_nemo.planning.engine import (
     Generation,
     decode_seconds,
@@ -15,6 +16,7 @@ from prorl_nemo.planning.engine import (
     generation_seconds,
 )
 from prorl_nemo.planning.hardware import FITTED, find_gpu
+from prorl_nemo.planning.plan import Assumptions
 from prorl_nemo.planning.shapes import model_shape
 from prorl_nemo.planning.simulate import (
     PARTS,
@@ -89,6 +91,13 @@ def test_growing_fleets() -> None:
     assert len(table(steps).splitlines()) == 2 + len(steps)
 
 
+def test_what_no_engine_can_hold_is_told_and_not_simulated() -> None:
+    with pytest.raises(UserError, match=r"rollout.kv_cache_mib: one sequence"):
+        simulate(load_recipe(V2, ["rollout.kv_cache_mib=10"]), "h100", (8,))
+    with pytest.raises(UserError, match="--keep-rate"):
+        simulate(load_recipe(V2), "h100", (8,), Assumptions(keep_rate=0.0))
+
+
 def test_validation_has_the_engines_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
@@ -113,3 +122,11 @@ def test_what_has_stopped_scaling() -> None:
     ]
     # Weights never shrink, but are too small to matter.
     assert stops_scaling(steps) == [(16, "updates"), (32, "generation")]
+
+
+def test_the_page_has_the_tables() -> None:
+    page = (V2.parents[2] / "docs" / "planning.md").read_text(encoding="utf-8")
+    assert table(simulate(load_recipe(V2), "h100")) in page
+    # The larger batch takes a minute for all its fleets.
+    recipe = load_recipe(V2, ["rollout.prompts_per_step=4096"])
+    assert table(simulate(recipe, "h100", (8, 64))).splitlines()[-1] in page
