@@ -120,9 +120,6 @@ class Real:
     def interrupt(self, request_ids: Sequence[str]) -> list[GenerationResult]:
         return self._count(self._fleet.interrupt(request_ids))
 
-    def abort(self, request_ids: Sequence[str]) -> int:
-        return sum(len(result.token_ids) for result in self.interrupt(request_ids))
-
     def _count(self, results: list[GenerationResult]) -> list[GenerationResult]:
         self.generated_tokens += sum(len(result.token_ids) for result in results)
         return results

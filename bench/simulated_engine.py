@@ -164,9 +164,6 @@ class SimulatedFleet:
             for job in finished
         ]
 
-    def abort(self, request_ids: Sequence[str]) -> int:
-        return sum(len(result.token_ids) for result in self.interrupt(request_ids))
-
     def interrupt(self, request_ids: Sequence[str]) -> list[GenerationResult]:
         wanted = set(request_ids)
         return [

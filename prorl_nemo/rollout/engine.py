@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 
 class EngineBusyError(RuntimeError):
-    """Weights cannot change under running requests: abort them or wait."""
+    """Weights cannot change under running requests: interrupt them or wait."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,7 @@ class VllmEngine:
     def __init__(self, settings: EngineSettings) -> None:
         os.environ.update(settings.environment())
         self.settings = settings
-        self._inbox: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = (
-            queue.SimpleQueue()
-        )
+        self._inbox: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
         self._finished: list[GenerationResult] = []
         self._news = threading.Condition()
         self._failure: BaseException | None = None
@@ -73,8 +71,7 @@ class VllmEngine:
         self._update: Future[None] | None = None
         self._shapes = checkpoint_shapes(Path(settings.model))
         ready: Future[None] = Future()
-        self._thread = threading.Thread(target=self._run, args=(ready,), daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._run, args=(ready,), daemon=True).start()
         ready.result()
 
     # Generation
@@ -95,14 +92,6 @@ class VllmEngine:
                 raise EngineError(f"the engine failed: {self._failure!r}") from self._failure
             finished, self._finished = self._finished, []
         return finished
-
-    def abort(self, request_ids: Sequence[str]) -> int:
-        """Drop requests; unknown and finished ones are ignored.
-
-        Returns:
-            the response tokens generated for them and now thrown away.
-        """
-        return sum(len(result.token_ids) for result in self.interrupt(request_ids))
 
     def interrupt(self, request_ids: Sequence[str]) -> list[GenerationResult]:
         """Drop requests; unknown ones are ignored.
@@ -163,10 +152,12 @@ class VllmEngine:
 
     def finish_update(self) -> None:
         """Close the update. Raises as `update_weights` does."""
-        self._offer(None)
-        update, self._update, self._stream = self._update, None, None
-        assert update is not None
-        update.result()
+        try:
+            self._offer(None)
+            assert self._update is not None
+            self._update.result()
+        finally:
+            self._update = self._stream = None
 
     def reset_prefix_cache(self) -> None:
         """Forget the prompts computed so far.
@@ -192,11 +183,6 @@ class VllmEngine:
         if self.settings.sleep:
             self._call(self._sleep)
 
-    def shutdown(self) -> None:
-        """Stop the thread and free the engine."""
-        self._inbox.put(None)
-        self._thread.join(timeout=60)
-
     # On the engine's thread
 
     def _run(self, ready: Future[None]) -> None:
@@ -210,17 +196,13 @@ class VllmEngine:
         while True:
             waiting = self._failure is not None or not self._llm.has_unfinished_requests()
             try:
-                item = self._inbox.get(block=waiting)
+                work, future = self._inbox.get(block=waiting)
             except queue.Empty:
                 try:
                     self._announce(self._running.step())
                 except BaseException as error:
                     self._fail(error)
                 continue
-            if item is None:
-                self._llm.engine_core.shutdown()
-                return
-            work, future = item
             try:
                 if self._failure is not None:
                     raise EngineError(f"the engine failed: {self._failure!r}")

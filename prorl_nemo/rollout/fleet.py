@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from prorl_nemo.errors import FaultError
 from prorl_nemo.rollout.complete_weights import EngineError
@@ -26,6 +26,8 @@ from prorl_nemo.rollout.protocol import GenerationRequest, GenerationResult
 
 POLL_SECONDS = 0.5
 """How long an engine holds a poll open: the pace of its heartbeat."""
+_LOST: Any = object()
+"""In place of an answer: the engine died or failed, and was replaced."""
 
 
 class FleetError(FaultError):
@@ -91,7 +93,8 @@ class Fleet:
             batch = list(group)
             member = min(self._members, key=lambda m: (m.load, m.index))
             if not member.requests:
-                member.silent = 0.0
+                # A poll may be open since before a pause in which nobody wanted anything.
+                member.silent, member.asked = 0.0, time.monotonic()
             member.requests |= {request.request_id: request for request in batch}
             shares.setdefault(member.index, []).extend(batch)
         # One call an engine: it computes nothing before all of them are there, so what it
@@ -124,27 +127,25 @@ class Fleet:
             if results or time.monotonic() >= deadline:
                 return results
 
-    def abort(self, request_ids: Sequence[str]) -> int:
-        """Drop requests; returns the response tokens that were generated for them."""
-        return sum(len(result.token_ids) for result in self.interrupt(request_ids))
-
     def interrupt(self, request_ids: Sequence[str]) -> list[GenerationResult]:
-        """Drop requests; returns what was generated for them, but for those of a dead engine."""
+        """Drop requests; returns what was generated for them, but for those of a dead engine.
+
+        Does not wait for an engine that is starting in the place of another one.
+        """
         wanted = set(request_ids)
 
         def interrupted(member: Member) -> Any:
             return member.actor.call.remote("interrupt", sorted(wanted & member.requests.keys()))
 
         concerned = [member for member in self._members if wanted & member.requests.keys()]
-        answers = self._ask(concerned, interrupted)
+        started = [member for member in concerned if member.state is not None]
+        answers = self._ask(started, interrupted)
         found, self._early = (
             [r for r in self._early if r.request_id in wanted],
             [r for r in self._early if r.request_id not in wanted],
         )
-        for member, answer in zip(concerned, answers, strict=True):
-            if answer is None:
-                interrupted(member)  # The dead engine's successor was sent them.
-                answer = []
+        for member, answer in zip(started, answers, strict=True):
+            answer = [] if answer is _LOST else answer
             missing = wanted & member.requests.keys() - {r.request_id for r in answer}
             if missing and member.poll is not None:
                 # They have finished, and are on their way here.
@@ -152,6 +153,9 @@ class Fleet:
                 found += [r for r in arrived if r.request_id in wanted]
                 self._early += [r for r in arrived if r.request_id not in wanted]
             found += answer
+        for member in concerned:
+            if member.state is None:
+                interrupted(member)  # It was sent what the engine before it had not answered.
             for request_id in wanted & member.requests.keys():
                 del member.requests[request_id]
         return found
@@ -238,7 +242,7 @@ class Fleet:
 
     def sleep(self) -> None:
         """`VllmEngine.sleep` on every engine: the next `update_weights` wakes them."""
-        self._ask(self._members, lambda m: m.actor.call.remote("sleep"))
+        self._ask_all(lambda m: m.actor.call.remote("sleep"))
 
     def shutdown(self) -> None:
         """End the engines' processes."""
@@ -260,41 +264,36 @@ class Fleet:
         """One answer per engine; an engine that dies over it is asked again once replaced."""
         answers = self._ask(self._members, call)
         for member in self._members:
-            while answers[member.index] is None:
+            while answers[member.index] is _LOST:
                 (answers[member.index],) = self._ask([member], call)
         return answers
 
     def _ask(self, members: Sequence[Member], call: Callable[[Member], Any]) -> list[Any]:
-        """One answer per member; None from an engine that died or failed, and was replaced."""
+        """One answer per member; _LOST from an engine that died or failed, and was replaced."""
         asked = [call(member) for member in members]
-        answers = []
-        for member, reference in zip(members, asked, strict=True):
-            limit = self._patience(member)
-            try:
-                answers.append(ray.get(reference, timeout=limit))
-            except RayActorError:
-                self._replace(member, "died")
-                answers.append(None)
-            except RayTaskError as error:
-                if not isinstance(error.cause, EngineError):
-                    raise error.cause from None
-                self._replace(member, f"failed: {error.cause}")
-                answers.append(None)
-            except ray.exceptions.GetTimeoutError:
-                self._replace(member, f"gave no answer for {limit:.0f} seconds")
-                answers.append(None)
-        return answers
+        return [self._answer(m, reference) for m, reference in zip(members, asked, strict=True)]
+
+    def _answer(self, member: Member, reference: Any) -> Any:
+        limit = self._patience(member)
+        try:
+            return ray.get(reference, timeout=limit)
+        except RayTaskError as error:
+            if not isinstance(error.cause, EngineError):
+                raise error.cause from None
+            reason = f"failed: {error.cause}"
+        except GetTimeoutError:
+            reason = f"gave no answer for {limit:.0f} seconds"
+        except RayError:
+            reason = "died"  # Or its node, and what it had made.
+        self._replace(member, reason)
+        return _LOST
 
     def _receive(self, member: Member) -> list[GenerationResult]:
         reference, member.poll = member.poll, None
-        try:
-            results, state = ray.get(reference)
-        except RayActorError:
-            self._replace(member, "died")
+        answer = self._answer(member, reference)
+        if answer is _LOST:
             return []
-        except RayTaskError as error:
-            self._replace(member, f"failed: {error.cause!r}")
-            return []
+        results, state = answer
         # Only time spent asking counts as silence, not that in which nobody asked.
         stuck = state == member.state and not results
         member.silent = member.silent + time.monotonic() - member.asked if stuck else 0.0

@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import ray
 
+from prorl_nemo.rollout.complete_weights import EngineError
 from prorl_nemo.rollout.engine import EngineState, VllmEngine
 from prorl_nemo.rollout.engine_settings import EngineSettings
 from prorl_nemo.rollout.protocol import GenerationRequest, GenerationResult
@@ -38,18 +39,29 @@ class _EngineActor:
         return self.state()
 
     def state(self) -> EngineState:
+        """Raises what the engine's start raised."""
         return self._engine.result().state
 
     def call(self, method: str, *arguments: Any) -> Any:
-        return getattr(self._engine.result(), method)(*arguments)
+        return getattr(self._started(), method)(*arguments)
 
     @ray.method(concurrency_group="poll")
     def poll(self, max_wait: float) -> tuple[list[GenerationResult], EngineState | None]:
         try:
-            engine = self._engine.result(timeout=max_wait)
+            engine = self._started(max_wait)
         except TimeoutError:
             return [], None
         return engine.poll(max_wait), engine.state
+
+    def _started(self, max_wait: float | None = None) -> VllmEngine:
+        """The engine. One that takes another's place and cannot start, where the first one could,
+        has failed: its GPU's memory may not be free yet."""
+        try:
+            return self._engine.result(max_wait)
+        except TimeoutError:
+            raise
+        except BaseException as error:
+            raise EngineError(f"it could not start: {error!r}") from error
 
 
 # Ray's type stubs know no concurrency groups.

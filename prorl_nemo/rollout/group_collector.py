@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -154,31 +154,21 @@ class GroupCollector:
             sample.score, sample.reason = verdict.score, verdict.reason
             group.note_score(verdict.score)
 
-    def abandon(self, groups: Iterable[PendingGroup]) -> int:
+    def abandon(self, groups: Sequence[PendingGroup]) -> int:
         """Stop working on groups.
 
         Returns:
             the response tokens generated for them in vain, finished samples included.
         """
-        wasted, running = 0, []
-        for group in groups:
-            wasted += group.tokens
-            for request_id in group.request_ids:
-                if self._generating.pop(request_id, None) is not None:
-                    running.append(request_id)
-                elif request_id in self._grading:
-                    self._grading.pop(request_id)[2].cancel()
-        return wasted + (self._engine.abort(running) if running else 0)
+        running = self._stop(groups)
+        for request_id in running:
+            del self._generating[request_id]
+        cut = self._engine.interrupt(running) if running else []
+        return sum(g.tokens for g in groups) + sum(len(result.token_ids) for result in cut)
 
     def suspend(self, groups: Iterable[PendingGroup]) -> None:
         """Stop working on groups and keep in them, ungraded or unfinished, what was made."""
-        running = []
-        for group in groups:
-            for request_id in group.request_ids:
-                if request_id in self._generating:
-                    running.append(request_id)
-                elif request_id in self._grading:
-                    self._grading.pop(request_id)[2].cancel()
+        running = self._stop(groups)
         for result in self._engine.interrupt(running) if running else ():
             group, begun = self._generating[result.request_id]
             if result.rejected:
@@ -190,6 +180,17 @@ class GroupCollector:
             # Its engine died just now: what it had before remains.
             if begun.token_ids and not any(s.index == begun.index for s in group.samples):
                 group.samples.append(begun)
+
+    def _stop(self, groups: Iterable[PendingGroup]) -> list[str]:
+        """Grade no more of some groups; returns their requests that still generate."""
+        running = []
+        for group in groups:
+            for request_id in group.request_ids:
+                if request_id in self._generating:
+                    running.append(request_id)
+                elif request_id in self._grading:
+                    self._grading.pop(request_id)[2].cancel()
+        return running
 
     def _receive(self, result: GenerationResult) -> None:
         entry = self._generating.pop(result.request_id, None)

@@ -72,15 +72,8 @@ class GenerationEngine(Protocol):
     def poll(self, max_wait: float) -> list[GenerationResult]:
         """Responses finished since the last call; waits up to `max_wait` seconds for one."""
 
-    def abort(self, request_ids: Sequence[str]) -> int:
-        """Drop requests; they never come out of `poll` afterwards.
-
-        Returns:
-            the response tokens that had been generated for them.
-        """
-
     def interrupt(self, request_ids: Sequence[str]) -> list[GenerationResult]:
-        """Drop requests as `abort` does, but hand out what they have got so far.
+        """Drop requests, and hand out what they have got so far: they never come out of `poll`.
 
         A request whose tokens are lost, because its engine died, is missing.
         """
