@@ -28,8 +28,8 @@ from dataclasses import asdict
 from typing import Any
 
 from prorl_nemo.algorithms.group_filter import has_signal
-from prorl_nemo.records import Group, Prompt
-from prorl_nemo.rollout.carried import Carried, carried_state, load_carried
+from prorl_nemo.records import Group, Prompt, Sample
+from prorl_nemo.rollout.carried import carried_state, load_carried
 from prorl_nemo.rollout.filling import Filling, Progress, RolloutBatch
 from prorl_nemo.rollout.group_collector import GroupCollector, PendingGroup, Sampling
 from prorl_nemo.rollout.keep_rate import KeepRate
@@ -74,7 +74,7 @@ class DynamicSampler:
         self._carry_over = carry_over
         self._replace = replace
         self._lockstep = lockstep
-        self._carried: Carried = {}
+        self._carried: dict[tuple[str, int], list[Sample]] = {}
         self._carried_sampling: Sampling | None = None
 
     def sample_batch(
@@ -88,8 +88,8 @@ class DynamicSampler:
             max_rejected_per_kept: `rollout.max_rejected_per_kept` of the recipe.
 
         Raises:
-            NoSignalError: too many groups without signal, or a whole pass over the data
-                without a single one that has it.
+            NoSignalError: too many groups without signal or prompts that the engines refuse, or
+                a whole pass over the data without a single group with signal.
         """
         if self._keep_rate.group_size != sampling.samples_per_prompt:
             self._keep_rate = KeepRate(sampling.samples_per_prompt)
@@ -120,7 +120,9 @@ class DynamicSampler:
             raise
         self._prompts.put_back([(group.prompt, group.epoch) for group in filling.surplus])
         kept = [g for g in filling.surplus if self._carry_over and g.rejected is None]
-        self._carried = {(g.prompt.prompt_id, g.epoch): g.samples for g in kept if g.samples}
+        for prompt, epoch in filling.drawn:
+            self._carried.pop((prompt.prompt_id, epoch), None)
+        self._carried |= {(g.prompt.prompt_id, g.epoch): g.samples for g in kept if g.samples}
         self._carried_sampling = sampling
         self._keep_rate.forget()
         batch = filling.batch
@@ -191,9 +193,9 @@ class DynamicSampler:
         while filling.window and filling.window[0].complete and not filling.full:
             group = filling.window.popleft()
             if group.rejected is not None:
-                filling.batch.wasted_tokens += self._collector.abandon([group])
+                filling.batch.wasted_tokens += self._drop(group)
                 filling.batch.dropped.append(group.prompt.prompt_id)
-                self._drop(group)
+                filling.check_refused(group, max_rejected_per_kept)
                 continue
             kept = has_signal(group.scores)
             self._keep_rate.observe(group.scores, kept)
@@ -201,6 +203,9 @@ class DynamicSampler:
             if not kept:
                 filling.check_limits(group, max_rejected_per_kept)
 
-    def _drop(self, group: PendingGroup) -> None:
+    def _drop(self, group: PendingGroup) -> int:
+        """Leave out a prompt that the engine refuses; returns the tokens made in vain."""
+        wasted = self._collector.abandon([group])
         details = {"prompt_id": group.prompt.prompt_id, "reason": group.rejected}
         self._on_event("prompt_dropped", details)
+        return wasted

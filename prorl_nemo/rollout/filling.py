@@ -17,7 +17,8 @@ with a limit of 20 rejected per kept, is then stopped by chance in fewer than 1 
 
 
 class NoSignalError(UserError):
-    """Almost no group carries signal: the tasks are too hard, too easy or wrongly graded."""
+    """Almost no group carries signal: the tasks are too hard, too easy, wrongly graded or refused
+    by the engines."""
 
 
 @dataclass
@@ -165,7 +166,7 @@ class Filling:
     def check_limits(self, group: PendingGroup, max_rejected_per_kept: float) -> None:
         """Stop a run that cannot learn, after a rejection. In prompt order, so it repeats too."""
         kept, rejected = len(self.batch.groups), self.batch.rejected
-        if rejected > max_rejected_per_kept * (kept + REJECTIONS_ON_CREDIT):
+        if self._beyond(rejected, max_rejected_per_kept):
             raise NoSignalError(
                 f"rollout.max_rejected_per_kept: {rejected} groups without signal for {kept} kept "
                 f"(limit {max_rejected_per_kept:g} per kept one); use tasks the model solves "
@@ -181,6 +182,19 @@ class Filling:
                 f"with signal; use tasks the model solves sometimes, or check the graders\n"
                 f"{self._table()}"
             )
+
+    def check_refused(self, group: PendingGroup, max_rejected_per_kept: float) -> None:
+        """Stop a run whose engines refuse nearly every prompt: it would look for one for ever."""
+        dropped, kept = len(self.batch.dropped), len(self.batch.groups)
+        if self._beyond(dropped, max_rejected_per_kept):
+            raise NoSignalError(
+                f"rollout.max_rejected_per_kept: the engines refuse {dropped} prompts for {kept} "
+                f"groups kept (limit {max_rejected_per_kept:g} per kept one), the last because of: "
+                f"{group.rejected}"
+            )
+
+    def _beyond(self, count: int, max_rejected_per_kept: float) -> bool:
+        return count > max_rejected_per_kept * (len(self.batch.groups) + REJECTIONS_ON_CREDIT)
 
     def progress(self, samples_running: int) -> Progress:
         return Progress(

@@ -296,10 +296,28 @@ def test_prompts_the_engine_cannot_serve_are_dropped_with_an_event() -> None:
     assert events == [
         ("prompt_dropped", {"prompt_id": i, "reason": "too long"}) for i in ("3", "4")
     ]
-    everything = sampler.sample_all(
-        [(SimulatedPrompts().draw()[0], 0), (batch.groups[0].prompt, 0)], SAMPLING
-    )
-    assert [len(group.samples) for group in everything] == [8, 8]
+    prompts = SimulatedPrompts()
+    everything = sampler.sample_all([prompts.draw() for _ in range(5)], SAMPLING)
+    assert [group.prompt.prompt_id for group in everything] == ["0", "1", "2"]
+    assert [len(group.samples) for group in everything] == [8, 8, 8]
+    assert fleet.poll(1.0) == []
+
+
+class RefusingFleet(SimulatedFleet):
+    """Refuses every prompt."""
+
+    def poll(self, max_wait: float) -> list[GenerationResult]:
+        return [replace(r, finish_reason="rejected", text="no") for r in super().poll(max_wait)]
+
+
+def test_engines_that_refuse_every_prompt_stop_the_run() -> None:
+    prompts = SimulatedPrompts()
+    sampler = DynamicSampler(RefusingFleet(World(), 2, slots=64), SimulatedGrader(), prompts, SEED)
+    with pytest.raises(
+        NoSignalError, match=r"refuse 41 prompts for 0 groups kept .* because of: no"
+    ):
+        sampler.sample_batch(8, SAMPLING, max_rejected_per_kept=10)
+    assert [prompts.draw()[0].prompt_id for _ in range(60)] == [str(i) for i in range(60)]
 
 
 class BrokenGrader(SimulatedGrader):
@@ -400,6 +418,24 @@ def test_what_is_carried_over_is_not_generated_twice() -> None:
         # Each token counts in the step that made it, none twice; an interrupted sequence loses
         # the token under way.
         assert sum(b.generated_tokens for b in carried) == pytest.approx(generated, rel=1e-3)
+
+
+def test_what_the_next_batch_has_no_use_for_is_carried_further() -> None:
+    """A keep rate that rises suddenly leaves more behind than the next batch begins with."""
+    sampler, fleet, _ = sampler_in(World(keep_rate=0.9), engines=8, carry_over=True)
+    hopeless = KeepRate(8)
+    for _ in range(50):
+        hopeless.observe([0.0] * 8, kept=False)
+    sampler._keep_rate.load_state_dict(hopeless.state_dict())
+    generated = 0
+    for version in range(4):
+        fleet.weight_version = version
+        batch = sampler.sample_batch(4, SAMPLING)
+        # All of them were begun for the first batch: 84 prompts for the first 4 with signal.
+        assert {s.weight_version for s in samples_of(batch)} == {0}
+        generated += batch.generated_tokens
+        sampler._keep_rate = KeepRate(8)
+    assert generated == pytest.approx(fleet.generated_tokens, rel=1e-3)
 
 
 def samples_of(batch: RolloutBatch) -> list[Sample]:
