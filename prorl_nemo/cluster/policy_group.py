@@ -1,7 +1,6 @@
 """The trainer's ranks as Ray actors, used by the controller as one object.
 
-Weights leave the ranks as streams of buckets in the object store; they never
-pass through the controller.
+Weights leave the ranks as streams of buckets; they never pass through the controller.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import numpy as np
 import psutil
 import ray
 from numpy.typing import NDArray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from torch.distributed import DistError
 
 from prorl_nemo.cluster.placement import Placement
@@ -86,7 +85,7 @@ class _RankActor:
         from prorl_nemo.rollout.broadcast_weights import broadcast_buckets
         from prorl_nemo.rollout.cuda_weights import share_buckets
         from prorl_nemo.rollout.shared_weights import SharedWeights
-        from prorl_nemo.rollout.weights import bucket_bytes, pack_buckets
+        from prorl_nemo.rollout.weights import WeightBucket, bucket_bytes, pack_buckets
 
         worker, rollout = self.worker, self.arguments[0].rollout
         limit = bucket_bytes(worker.weight_bytes)
@@ -94,6 +93,7 @@ class _RankActor:
             pieces = worker.export_pieces()
             if file is None:
                 yield from pack_buckets(pieces, limit=limit, first=worker.publishes)
+                yield WeightBucket(())  # For `check_sent`, which fetches the last one.
                 return
             self.memory = self.memory or SharedWeights(file, *worker.tensor_rank)
             yield from self.memory.pack_buckets(pieces, limit=limit)
@@ -137,7 +137,7 @@ class PolicyGroup:
         self._processes: list[psutil.Process] = []
         self._stages: dict[int, list[Any]] = {}
         self._files: dict[int, Any] = {}
-        self._last_parts: dict[int, tuple[Any, ...]] = {}
+        self._last_parts: dict[Any, Any] = {}
         self._one_machine = placement.assignment.one_machine if placement else len(ray.nodes()) == 1
         self._ranks = []
         for rank in range(recipe.policy.ranks):
@@ -172,7 +172,7 @@ class PolicyGroup:
             if _lost_peer(error.cause):
                 raise PolicyError(f"a trainer rank lost another one: {error.cause}") from error
             raise error.cause from None
-        except RayActorError as error:
+        except RayError as error:  # Its process, or its node with what it had answered.
             raise _died(error) from error
         return answers
 
@@ -184,11 +184,11 @@ class PolicyGroup:
         """
         try:
             ray.get([rank.process.remote() for rank in self._ranks], timeout=self._silent_seconds)
-        except ray.exceptions.GetTimeoutError:
+        except GetTimeoutError:
             raise PolicyError(
                 f"a trainer rank gave no sign of life for {self._silent_seconds:.0f} seconds"
             ) from None
-        except RayActorError as error:
+        except RayError as error:
             raise _died(error) from error
 
     def logprobs(
@@ -229,6 +229,9 @@ class PolicyGroup:
 
         Args:
             transfer: as `rollout.weight_transfer`.
+
+        Raises:
+            PolicyError, or what a rank raised: at the end, when the buckets are not all there are.
         """
         if not self._stages:
             for rank, stage in zip(self._ranks, self._call("stage"), strict=True):
@@ -247,26 +250,32 @@ class PolicyGroup:
             for stage, ranks in sorted(self._stages.items())
         ]
         self._last_parts.clear()
-        for stage, streams in enumerate(stages):
+        for streams in stages:
             # Without pieces the first rank sends it all. The others only take part in its gathers,
             # and end when it does.
             senders = streams if transfer == "host" else streams[:1]
             while parts := tuple(p for p in map(self._next, senders) if p is not None):
-                self._last_parts[stage] = parts
                 yield parts
             for stream in streams[len(senders) :]:
                 self._next(stream)
+        if transfer == "broadcast":
+            self.check_alive()  # What a sender raises may be the loss of an engine.
+        else:
+            self.check_sent()
 
     def check_sent(self) -> None:
         """Raise what a rank raised while it sent its weights, which is the last its stream held."""
-        self._get([part for parts in self._last_parts.values() for part in parts])
+        self._get(list(self._last_parts.values()))
 
     def _next(self, stream: Any) -> Any:
         """The next reference of a rank's stream, or None at its end."""
         while True:
             ready, _ = ray.wait([stream], timeout=self._silent_seconds, fetch_local=False)
             if ready:
-                return next(stream, None)
+                part = next(stream, None)
+                if part is not None:
+                    self._last_parts[stream] = part
+                return part
             self.check_alive()
 
     def weight_checksums(self, dtype: str) -> dict[str, str]:
@@ -346,7 +355,7 @@ def _local_processes(ranks: list[tuple[str, int]]) -> list[psutil.Process]:
     return found
 
 
-def _died(error: RayActorError) -> PolicyError:
+def _died(error: RayError) -> PolicyError:
     return PolicyError(f"a trainer rank died: {error}".partition("\n")[0])
 
 
