@@ -8,12 +8,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import ray
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.table import Table
 
 from prorl_nemo.cluster.bandwidth import Bandwidths, measure
-from prorl_nemo.cluster.placement import Node, answering, assign, canary, cluster_nodes
+from prorl_nemo.cluster.placement import (
+    ClusterError,
+    Node,
+    answering,
+    assign,
+    canary,
+    cluster_nodes,
+)
 from prorl_nemo.cluster.probes import GIB, Needs, Probe, probe, problems
 from prorl_nemo.recipe import Recipe
 
@@ -41,11 +49,21 @@ def check_cluster(recipe: Recipe, console: Console) -> bool:
         for node in nodes
         if seen.get(node.id)
     ]
-    probes = _probes(answered, recipe.grading.sandbox)
+    try:
+        probes = _probes(answered, recipe.grading.sandbox)
+    except RayError as error:
+        raise ClusterError(f"RAY_ADDRESS: a node could not be looked at: {_first(error)}") from None
     code = any(source.domain == "code" for source in recipe.data.sources)
     needs = Needs(gpus=max(node.gpus for node in nodes), disk=GIB, memory=GIB, sandbox=code)
     found += problems(probes, needs)
-    speeds = measure(answered, gpu=all(len(p.gpus) >= needs.gpus > 0 for p in probes))
+    try:
+        speeds = measure(answered, gpu=all(len(p.gpus) >= needs.gpus > 0 for p in probes))
+    except RayError as error:
+        speeds = Bandwidths([], None)
+        found.append(
+            f"the network between the nodes could not be measured: {_first(error)}; look at "
+            "firewalls, and name the interface to use (PRORL_INTERFACE, NCCL_SOCKET_IFNAME)"
+        )
     for index in speeds.slow_links():
         target = probes[(index + 1) % len(probes)].host
         found.append(
@@ -76,6 +94,14 @@ def _probes(nodes: Sequence[Node], sandbox: str) -> list[Probe]:
     ]
     probes: list[Probe] = ray.get(tasks, timeout=_SECONDS)
     return probes
+
+
+def _first(error: RayError) -> str:
+    """A line about what Ray says in many."""
+    if isinstance(error, GetTimeoutError):
+        return "no answer in time"
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    return f"{type(cause).__name__}: {cause}".partition("\n")[0]
 
 
 def _table(probes: Sequence[Probe], speeds: Bandwidths) -> Table:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
 from ray.util import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import (
     NodeAffinitySchedulingStrategy,
@@ -219,7 +219,7 @@ class Placement:
                 tasks = [_device.options(**self._options(b)).remote() for b in bundles]
                 engine["num_gpus"] = 0
                 engine["environment"] = {
-                    "CUDA_VISIBLE_DEVICES": ",".join(ray.get(tasks)),
+                    "CUDA_VISIBLE_DEVICES": ",".join(_answers(tasks)),
                     # Without it Ray hides all GPUs from an actor that asks for none.
                     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
                 }
@@ -346,6 +346,14 @@ def answering(nodes: Iterable[str], files: Sequence[str] = ()) -> dict[str, list
             logger.warning("node %s: %s", tasks[reference], str(error).partition("\n")[0])
     for reference in late:
         ray.cancel(reference, force=True)
+    return found
+
+
+def _answers(tasks: list[Any]) -> list[str]:
+    try:
+        found: list[str] = ray.get(tasks, timeout=ANSWER_SECONDS)
+    except GetTimeoutError:
+        raise NodeLost(f"a node ran no task for {ANSWER_SECONDS:.0f} seconds") from None
     return found
 
 
