@@ -134,15 +134,13 @@ class Door:
         self.port: int = self._socket.getsockname()[1]
         threading.Thread(target=self._accept, name="door", daemon=True).start()
 
-    def close(self) -> None:
-        self._socket.close()
-
     def _accept(self) -> None:
         while True:
             try:
                 connection, _ = self._socket.accept()
-            except OSError:
-                return
+            except OSError:  # This one has hung up, or there is no descriptor just now.
+                time.sleep(0.1)
+                continue
             threading.Thread(target=self._greet, args=(connection,), daemon=True).start()
 
     def _greet(self, connection: socket.socket) -> None:

@@ -16,18 +16,18 @@ from prorl_nemo.cluster.probes import GIB, Needs, Probe, code_digest, parse_smi,
 
 
 @pytest.fixture
-def pair(monkeypatch: pytest.MonkeyPatch) -> tuple[Link, Link, Door]:
+def pair(monkeypatch: pytest.MonkeyPatch) -> tuple[Link, Link]:
     """Both ends, with a patience of a second in place of twenty."""
     monkeypatch.setattr(link_module, "SILENT_SECONDS", 1.0)
     monkeypatch.setattr(link_module, "BEAT_SECONDS", 0.2)
     arrived: queue.Queue[Link] = queue.Queue()
     door = Door("secret", arrived.put)
     ours = Link.to(("127.0.0.1", door.port), "secret")
-    return ours, arrived.get(timeout=5), door
+    return ours, arrived.get(timeout=5)
 
 
-def test_messages_and_heartbeats(pair: tuple[Link, Link, Door]) -> None:
-    ours, theirs, _ = pair
+def test_messages_and_heartbeats(pair: tuple[Link, Link]) -> None:
+    ours, theirs = pair
     ours.send({"probe": {"host": "n1"}})
     ours.send({"joined": True})
     assert theirs.receive(1.0) == {"probe": {"host": "n1"}}
@@ -39,9 +39,9 @@ def test_messages_and_heartbeats(pair: tuple[Link, Link, Door]) -> None:
     assert time.monotonic() - started < 0.5
 
 
-def test_reading_late_is_not_the_other_ones_silence(pair: tuple[Link, Link, Door]) -> None:
+def test_reading_late_is_not_the_other_ones_silence(pair: tuple[Link, Link]) -> None:
     """A head that was busy for longer than its patience finds the heartbeats waiting."""
-    ours, theirs, _ = pair
+    ours, theirs = pair
     time.sleep(1.5)
     assert theirs.receive(0.1) is None
     time.sleep(1.5)
@@ -49,16 +49,16 @@ def test_reading_late_is_not_the_other_ones_silence(pair: tuple[Link, Link, Door
     assert theirs.receive(1.0) == {"joined": True}
 
 
-def test_a_node_that_leaves_is_noticed(pair: tuple[Link, Link, Door]) -> None:
-    ours, theirs, _ = pair
+def test_a_node_that_leaves_is_noticed(pair: tuple[Link, Link]) -> None:
+    ours, theirs = pair
     ours.close()
     with pytest.raises(LinkLost):
         theirs.receive(5.0)
 
 
-def test_a_node_that_falls_silent_is_noticed(pair: tuple[Link, Link, Door]) -> None:
+def test_a_node_that_falls_silent_is_noticed(pair: tuple[Link, Link]) -> None:
     """The connection stays open, as when a node loses its power: only the heartbeat ends."""
-    ours, theirs, _ = pair
+    ours, theirs = pair
     ours._ended.set()
     started = time.monotonic()
     with pytest.raises(LinkLost, match="silent"):
@@ -76,6 +76,22 @@ def test_strangers_are_turned_away(monkeypatch: pytest.MonkeyPatch, said: bytes)
         while stranger.recv(100):  # Heartbeats, then the end.
             pass
     assert arrived.empty()
+
+
+def test_a_connection_that_fails_does_not_shut_the_door(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that hangs up before it is taken, or comes when no descriptor is free."""
+    accept, failures = socket.socket.accept, [OSError("hung up"), OSError("too many files")]
+
+    def failing(own: socket.socket) -> object:
+        if failures:
+            raise failures.pop()
+        return accept(own)
+
+    monkeypatch.setattr(socket.socket, "accept", failing)
+    arrived: queue.Queue[Link] = queue.Queue()
+    door = Door("secret", arrived.put)
+    Link.to(("127.0.0.1", door.port), "secret")
+    assert arrived.get(timeout=5) and not failures
 
 
 def node(host: str, **changes: object) -> Probe:
