@@ -20,8 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from prorl_nemo.rollout.flat_buffers import Entry, lay_out, portions, views
-from prorl_nemo.rollout.weights import BUCKET_BYTES
+from prorl_nemo.rollout.flat_buffers import Entry, lay_out, views
+from prorl_nemo.rollout.weights import BUCKET_BYTES, grouped
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,6 @@ def broadcast_buckets(
     receivers: int,
     host: str,
     *,
-    dtype: torch.dtype | None = None,
     limit: int = BUCKET_BYTES[1],
     seconds: float = 900.0,
 ) -> Iterator[BroadcastBucket]:
@@ -76,8 +75,8 @@ def broadcast_buckets(
         seconds: see `Meeting`.
     """
     store, group = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False), None
-    for tensors in portions(named_tensors, dtype, limit):
-        buffer, entries = lay_out(tensors)
+    for pieces in grouped(named_tensors, None, limit):
+        buffer, entries = lay_out([(piece.name, piece.tensor) for piece, _ in pieces])
         backend = "nccl" if buffer.is_cuda else "gloo"
         meeting = Meeting(host, store.port, receivers + 1, backend, seconds)
         yield BroadcastBucket(meeting, buffer.nbytes, entries)

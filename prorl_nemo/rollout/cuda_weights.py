@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from prorl_nemo.rollout.flat_buffers import Entry, lay_out, portions, views
-from prorl_nemo.rollout.weights import BUCKET_BYTES
+from prorl_nemo.rollout.flat_buffers import Entry, lay_out, views
+from prorl_nemo.rollout.weights import BUCKET_BYTES, grouped
 
 
 @dataclass(frozen=True)
@@ -55,15 +55,13 @@ class CudaBucket:
 
 
 def share_buckets(
-    named_tensors: Iterable[tuple[str, torch.Tensor]],
-    dtype: torch.dtype | None = None,
-    limit: int = BUCKET_BYTES[1],
+    named_tensors: Iterable[tuple[str, torch.Tensor]], limit: int = BUCKET_BYTES[1]
 ) -> Iterator[tuple[CudaBucket, torch.Tensor]]:
     """As `weights.pack_buckets`, each bucket with the buffer that must live while it is in use."""
     from torch.multiprocessing.reductions import reduce_tensor
 
-    for tensors in portions(named_tensors, dtype, limit):
-        buffer, entries = lay_out(tensors)
+    for group in grouped(named_tensors, None, limit):
+        buffer, entries = lay_out([(piece.name, piece.tensor) for piece, _ in group])
         # The copies must have happened before another process reads.
         torch.cuda.current_stream().synchronize()
         _, handle = reduce_tensor(buffer)

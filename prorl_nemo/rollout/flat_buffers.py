@@ -14,23 +14,6 @@ Entry = tuple[str, torch.dtype, tuple[int, ...], int]
 """(Hugging Face name, type, shape, first byte)."""
 
 
-def portions(
-    named_tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype | None, most: int
-) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """Group tensors, cast to the engine's type, by about `most` bytes; a larger one is alone."""
-    portion: list[tuple[str, torch.Tensor]] = []
-    size = 0
-    for name, tensor in named_tensors:
-        cast = tensor.detach().to(dtype or tensor.dtype)
-        if portion and size + cast.nbytes > most:
-            yield portion
-            portion, size = [], 0
-        portion.append((name, cast))
-        size += cast.nbytes
-    if portion:
-        yield portion
-
-
 def lay_out(tensors: list[tuple[str, torch.Tensor]]) -> tuple[torch.Tensor, tuple[Entry, ...]]:
     """Copy tensors of one device end to end into a buffer, uint8 [bytes]."""
     entries, end = [], 0
@@ -40,7 +23,7 @@ def lay_out(tensors: list[tuple[str, torch.Tensor]]) -> tuple[torch.Tensor, tupl
         end = start + tensor.nbytes
     buffer = torch.empty(end, dtype=torch.uint8, device=tensors[0][1].device)
     for (_, view), (_, tensor) in zip(views(buffer, entries), tensors, strict=True):
-        view.copy_(tensor)
+        view.copy_(tensor.detach())
     return buffer, tuple(entries)
 
 

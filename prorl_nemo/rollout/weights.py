@@ -82,10 +82,6 @@ class WeightBucket:
 
     entries: tuple[Entry, ...]
 
-    @property
-    def nbytes(self) -> int:
-        return sum(entry.array.nbytes for entry in self.entries)
-
     def tensors(self, *others: WeightBucket) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors, joined with the pieces of the other ranks, given in their order.
 

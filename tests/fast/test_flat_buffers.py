@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from prorl_nemo.rollout.flat_buffers import ALIGNMENT, lay_out, portions, views
+from prorl_nemo.rollout.flat_buffers import ALIGNMENT, lay_out, views
 
 
 def test_what_is_laid_out_comes_back() -> None:
@@ -30,11 +30,3 @@ def test_views_share_the_buffer() -> None:
     buffer, entries = lay_out([("a", torch.zeros(3)), ("b", torch.ones(2))])
     buffer.zero_()
     assert torch.equal(dict(views(buffer, entries))["b"], torch.zeros(2))
-
-
-def test_portions_keep_order_and_size() -> None:
-    tensors = [(str(i), torch.zeros(n)) for i, n in enumerate([10, 10, 30, 1, 1])]
-    # In bfloat16: 20, 20, 60, 2 and 2 bytes; at most 44, but one alone may be larger.
-    found = list(portions(tensors, torch.bfloat16, 44))
-    assert [[name for name, _ in portion] for portion in found] == [["0", "1"], ["2"], ["3", "4"]]
-    assert {tensor.dtype for portion in found for _, tensor in portion} == {torch.bfloat16}
