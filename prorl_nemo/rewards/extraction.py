@@ -11,6 +11,7 @@ from typing import Any
 
 _FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+#.-]*)[^\n]*$", re.MULTILINE)
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_BRACE = re.compile(r"\\.|([{}])", re.DOTALL)
 
 
 def final_part(text: str, grading: dict[str, Any] | None = None) -> str:
@@ -55,12 +56,10 @@ def last_box(text: str, max_length: int = 2000) -> str | None:
     if not boxes:
         return None
     start, depth = boxes[-1].end(), 1
-    for position in range(start, min(len(text), start + max_length + 1)):
-        character = text[position]
-        if character in "{}" and (text[position - 1] != "\\" or text[position - 2] == "\\"):
-            depth += 1 if character == "{" else -1
-            if depth == 0:
-                return text[start:position].strip()
+    for brace in _BRACE.finditer(text, start, start + max_length + 1):
+        depth += {"{": 1, "}": -1}.get(brace[1], 0)
+        if depth == 0:
+            return text[start : brace.start()].strip()
     return None
 
 

@@ -68,6 +68,7 @@ def test_last_tag_against_reasoning_gym_s_rule(pieces: list[str]) -> None:
         ("7", None),
         (r"\boxed{}", ""),
         (r"\boxed{a\\}", r"a\\"),
+        (r"\boxed{a\\\}}", r"a\\\}"),
     ],
 )
 def test_last_box(text: str, expected: str | None) -> None:
