@@ -22,7 +22,7 @@ _END = r"(?![a-zA-Z])"
 _REWRITES = [
     # Mathematics mode and dollars; per cent is read as in MATH: 50\% is 50.
     (r"(?<!\\)\\[()\[\]]|\\?\$|\\?%", ""),
-    (r"(?<=\d)(?:,\\!|\{,\}|\\,|,)(?=\d{3}(?:\D|$))", ","),
+    (r"(?<=\d)(?:,\\!|\{,\}|\\,)(?=\d{3}(?!\d))", ""),
     (rf"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|q?quad){_END}", " "),
     (r"(?<!\\)\\[!,;:> ]|~", " "),
     (rf"\\[dtc]frac{_END}", r"\\frac"),
@@ -37,7 +37,8 @@ _REWRITES = [
     (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"),
 ]
 _COMPILED = [(re.compile(pattern), replacement) for pattern, replacement in _REWRITES]
-_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
+_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!,?\d)")
+_BRACKETS = (("(", ")"), ("[", "]"), (r"\{", r"\}"))
 _WORDS = re.compile(
     r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mathit|mbox|operatorname)\s*\{([^{}]*)\}"
 )
@@ -65,7 +66,7 @@ def tidy(answer: str) -> str:
     text = answer.translate(_UNICODE)
     for pattern, replacement in _COMPILED:
         text = pattern.sub(replacement, text)
-    text = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), text).strip()
+    text = _THOUSANDS.sub(_joined, text).strip()
     without_words = _WORDS.sub(r" \1 ", text).strip().rstrip(".")
     without_unit = _UNIT.sub("", without_words).strip()
     if without_unit != without_words:
@@ -74,6 +75,14 @@ def tidy(answer: str) -> str:
     if named:
         text = text[named.end() :]
     return text.strip().rstrip(".").strip()
+
+
+def _joined(digits: re.Match[str]) -> str:
+    """1,234 as 1234; but (3,100) is a pair, unless a blank tells its members apart."""
+    text, before = digits.string, digits.string[: digits.start()]
+    bracketed = any(before.count(a) > before.count(b) for a, b in _BRACKETS)
+    apart = bracketed and not re.search(r",\s", text)
+    return digits[0].replace(",", ", " if apart else "")
 
 
 def canonical(answer: str) -> str:

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import cmath
 import math
+import random
 import re
 from collections.abc import Callable
+from functools import lru_cache
 
 _TOKEN = re.compile(
     r"\s*(?:(\d+(?:\.\d+)?|\.\d+)|\\(times|div|[a-zA-Z]+|[{}|])|([a-zA-Z](?:_(?:\w|\{\w+\}))?)|(.))"
@@ -29,12 +31,13 @@ _FUNCTIONS: dict[str, Callable[[complex], complex]] = {
 _GREEK = frozenset(
     ["alpha", "beta", "gamma", "delta", "theta", "lambda", "mu", "phi", "omega", "sigma", "rho"]
 )
-# Irrational-looking values, so that accidental agreement is as good as impossible; positive,
-# since a square root in an answer usually means a real one.
-_POINTS = (0.7390851332151607, 1.3247179572447460, 2.6854520010653064)
+_POINTS = 3
 _MAX_DEPTH = 40
+_MAX_DIGITS = 15  # of a number; double precision holds no more
 # Double precision loses about 4 of 16 digits in the expressions of answer size.
 _TOLERANCE = 1e-11
+# A term so much smaller than another one is not seen in the sum: 2^{100} - 1 is not 2^{100}.
+_UNSEEN = 1e-9
 _DIFFERENT = 1e-5
 
 
@@ -51,7 +54,7 @@ def same_value(first: str, second: str) -> bool | None:
     """
     close = True
     try:
-        for point in _POINTS:
+        for point in range(_POINTS):
             a, b = _Parser(first, point).value(), _Parser(second, point).value()
             difference, scale = abs(a - b), max(abs(a), abs(b))
             if difference > _DIFFERENT * max(scale, 1.0):
@@ -62,10 +65,27 @@ def same_value(first: str, second: str) -> bool | None:
     return True if close else None
 
 
-class _Parser:
-    """Recursive descent over LaTeX tokens, computing with every variable set from `point`."""
+@lru_cache(maxsize=4096)
+def _value_of(name: str, point: int) -> float:
+    """A value of its own for every name, the same in both expressions.
 
-    def __init__(self, text: str, point: float) -> None:
+    Irrational-looking, so that accidental agreement is as good as impossible; positive, since a
+    square root in an answer usually means a real one.
+    """
+    return random.Random(f"{name} at {point}").uniform(0.5, 2.0)
+
+
+def _added(first: complex, second: complex) -> complex:
+    small, large = sorted((abs(first), abs(second)))
+    if 0.0 < small < _UNSEEN * large:
+        raise _NoValueError
+    return first + second
+
+
+class _Parser:
+    """Recursive descent over LaTeX tokens, computing with the values of variables at `point`."""
+
+    def __init__(self, text: str, point: int) -> None:
         self._tokens = [
             (kind, token)
             for match in _TOKEN.finditer(text.strip())
@@ -104,9 +124,9 @@ class _Parser:
         result = self._product()
         while True:
             if self._take("+"):
-                result += self._product()
+                result = _added(result, self._product())
             elif self._take("-"):
-                result -= self._product()
+                result = _added(result, -self._product())
             else:
                 self._depth -= 1
                 return result
@@ -162,6 +182,8 @@ class _Parser:
         kind, token = self._peek()
         self._position += 1
         if kind == "n":
+            if len(token) > _MAX_DIGITS:
+                raise _NoValueError
             return complex(float(token))
         if kind == "v":
             return self._variable(token)
@@ -192,8 +214,7 @@ class _Parser:
             return 1j
         if name == "e":
             return complex(math.e)
-        # Every name its own value, the same in both expressions.
-        return complex(self._point + (sum(map(ord, name)) % 101) / 37)
+        return complex(_value_of(name.replace("{", "").replace("}", ""), self._point))
 
     def _root(self) -> complex:
         degree = complex(2)

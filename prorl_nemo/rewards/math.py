@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 import re
 from functools import lru_cache
 from types import ModuleType
@@ -23,10 +24,11 @@ from prorl_nemo.rewards.verdict import GradingError, Verdict, zero
 # Gold answers of MATH, AMC, AIME and Olympiad sets stay far below.
 MAX_ANSWER = 400
 _MAX_DEPTH = 15  # math-verify's grammar takes seconds on deep nests
-_DECIMALS = 10
+_DECIMALS, _DIGITS = 10, 15
+_TINY = 4  # noughts after the point from which on ten decimals are too few
 # What a gold answer with more than one member, or that stands for an interval, contains.
 _SEVERAL = re.compile(r"[,;<>]|\\(?:cup|pm|mp|le|ge|leq|geq|in|begin|infty|mathbb)(?![a-zA-Z])")
-_BASE = re.compile(r"_\{?(\d+)\}?$")
+_BASE = re.compile(r"\(?[0-9A-Z]*\d[0-9A-Z]*\)?_\{?(\d+)\}?")
 _SHAPES = (
     r"\frac{1}{3} + x", r"\sqrt{2}", r"x^2 - 3x", r"(3, \frac{\pi}{2})", r"\{1, 2\}", r"2x = 3",
     r"(-\infty, 2) \cup [3, 4]", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"x \ge 2", r"\text{a}",
@@ -81,17 +83,22 @@ def gold_answers(grading: dict[str, Any]) -> list[str]:
 
 def accepted_by(gold: str, answer: str) -> str | None:
     """Which verifier takes `answer` for `gold`: text, value, math_verify, or None."""
-    if canonical(answer) == canonical(gold):
+    if _same_text(gold, answer):
         return "text"
     same = _same(gold, answer)
-    if same is None and not hostile(answer) and _math_verify(gold, answer):
+    if same is None and not hostile(tidy(answer)) and _math_verify(gold, answer):
         return "math_verify"
     return "value" if same else None
 
 
+def _same_text(gold: str, answer: str) -> bool:
+    # The keys of 3 1/2 and 31/2 are one; their values are not.
+    return canonical(answer) == canonical(gold) and rational(answer) == rational(gold)
+
+
 def _same(gold: str, answer: str) -> bool | None:
     """Our own verdict; None where math-verify has to decide."""
-    base, gold_base = (_BASE.search(canonical(text)) for text in (answer, gold))
+    base, gold_base = (_BASE.fullmatch(canonical(text)) for text in (answer, gold))
     if base and gold_base and base[1] != gold_base[1]:
         return False  # math-verify ignores the base of 2516_8
     number, gold_number = rational(answer), rational(gold)
@@ -99,10 +106,7 @@ def _same(gold: str, answer: str) -> bool | None:
         return number == gold_number
     ours, theirs = elements(gold), elements(answer)
     if ours and theirs and ours[0] == theirs[0] and len(ours[1]) == len(theirs[1]):
-        pairs = [
-            canonical(a) == canonical(b) or _same(a, b)
-            for a, b in zip(ours[1], theirs[1], strict=True)
-        ]
+        pairs = [_same_text(a, b) or _same(a, b) for a, b in zip(ours[1], theirs[1], strict=True)]
         if all(pairs):
             return True
         ordered = ours[0] not in ("\\{\\}", "[]")
@@ -132,16 +136,25 @@ def _depth(text: str) -> int:
 
 
 def _math_verify(gold: str, answer: str) -> bool:
-    parsed = _parse(tidy(answer))
+    parsed, expected = _parse(tidy(answer)), _parse_gold(gold)
+    more = _more_decimals([*parsed, *expected])
     # No timeouts of its own: they are SIGALRM, which the worker needs for its soft limit.
     return bool(parsed) and _library().verify(
-        _parse_gold(gold),
+        expected,
         parsed,
         # The default 6 takes 3.141593 for pi.
-        float_rounding=_DECIMALS,
+        float_rounding=_DECIMALS + more,
+        numeric_precision=_DIGITS + more,
         allow_set_relation_comp=True,
         timeout_seconds=None,
     )
+
+
+def _more_decimals(parsed: list[Any]) -> int:
+    """What tiny values need beyond the usual: 6.6e-34 J and 1.6e-19 J would both round to 0."""
+    sizes = [abs(x.evalf(5)) for x in parsed if getattr(x, "is_number", False)]
+    tiny = [float(size) for size in sizes if size.is_Float and 0 < size < 1]
+    return max([0, *(-math.floor(math.log10(x)) - _TINY for x in tiny if x)])
 
 
 @lru_cache(maxsize=8192)

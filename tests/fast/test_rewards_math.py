@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import string
 import time
 from fractions import Fraction
 from typing import Any
@@ -12,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prorl_nemo.rewards.latex_text import elements, rational, tidy
-from prorl_nemo.rewards.latex_value import same_value
+from prorl_nemo.rewards.latex_value import _GREEK, same_value
 from prorl_nemo.rewards.math import accepted_by, hostile
 from prorl_nemo.rewards.registry import grade
 from prorl_nemo.rewards.verdict import GradingError
@@ -29,6 +31,9 @@ EQUIVALENT = [
     ("x^2-1", "(x-1)(x+1)"), ("2+3i", "3i+2"), ("3", "|-3|"), ("120", "5!"),
     (r"\left(3,\frac{\pi}{2}\right)", r"(3,\pi/2)"), ("1,2", "2,1"), (r"\{1,2\}", r"\{2,1\}"),
     (r"(2,\infty)", "x>2"), (r"-2<x<3", "(-2,3)"), ("2516_8", "2516_8"),
+    ("(3,100)", "(3, 100)"), (r"\{1,100\}", r"\{1,\,100\}"), ("(1,000, 2,000)", "(1000, 2000)"),
+    (r"(1\,000, 2)", "(1000,2)"), ("x_1+x_2", "x_{2}+x_{1}"), (r"\frac{h}{\lambda}", r"h/\lambda"),
+    ("2^{100}-1", "-1+2^{100}"), ("18446744073709551616", "2^{64}"),
     ("6r^2-4r-24", "6r^2 - 4r - 24"), (r"\sin^2 x + \cos^2 x", "1"),
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
 ]  # fmt: skip
@@ -40,6 +45,11 @@ NEAR_MISSES = [
     ("7", "3,7"), ("7", "7 or 8"), ("C", "D"), ("p - q", "q-p"), ("a+b", "A+B"),
     ("x^2-1", "(x-1)(x+2)"), ("2", r"\text{two}"), ("12", "9^{9^{9}}"), ("1,2", "1,2,3"),
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}2\\1\end{pmatrix}"),
+    (r"\frac{h}{\lambda}", "1"), (r"\beta", "m"), (r"\mu", r"\sigma"), ("a_2+b_1", "2a_2"),
+    ("x_1+x_2", "x_1+x_3"), ("3 1/2", "31/2"), ("(3,100)", "3100"), ("3100", "(3,100)"),
+    ("2^{100}-1", "2^{100}"), ("2^{64}", "18446744073709551615"), ("x^{99}+1", "x^{99}"),
+    (r"\frac{2^{30}-1}{2^{30}}", "1"), (r"6.6\times10^{-34}", r"1.6\times10^{-19}\text{ J}"),
+    (r"1.6\times10^{-19}\text{ C}", "0"), ("0", r"1.6\times10^{-19}\text{ C}"),
     (r"\frac{1}{2}", r"\frac{2}{1}"), ("x>2", "x<2"), ("x>2", r"x \ge 2"), ("5", ""), ("5", "."),
 ]  # fmt: skip
 
@@ -89,6 +99,7 @@ HOSTILE = [
     r"\binom{99999}{50000}", r"\sum_{n=1}^{99} n", r"\int_0^1 x dx", r"\prod_{i=1}^{99} i",
     r"\lim_{x\to 0} x", "((((" * 80, r"\frac{" * 60, "^" * 300, r"\sqrt{" * 60, "1_" * 150,
     "\x00", "\ud800", "{" * 300, "$" * 300, "\\" * 300, r"\begin{pmatrix}" * 20, "x^y^z^w" * 40,
+    r"9^{\,9999999}", "9^{1,000,000,000}", r"\left(9999999\right)!",
     "0." + "9" * 390, "1" * 399, "e^" * 150, "2^" * 130 + "2", r"\text{" * 60,
 ]  # fmt: skip
 
@@ -185,6 +196,14 @@ def test_a_value_needs_the_whole_text() -> None:
         "0^{-1}",
     ):
         assert same_value(text, text) is None
+
+
+def test_no_two_names_have_one_value() -> None:
+    letters = string.ascii_letters
+    names = [*letters, *(f"\\{name}" for name in sorted(_GREEK))]
+    names += [f"{a}_{b}" for a in "abxy" for b in "0123n"] + ["x_{10}", "x_{01}"]
+    for first, second in itertools.combinations(names, 2):
+        assert same_value(first, second) is False, (first, second)
 
 
 def test_elements() -> None:
