@@ -38,7 +38,7 @@ MAX_EXPRESSION = 2_000
 MAX_EXPONENT = 64
 MAX_DIGITS = 50
 
-_HUGE_POWER_OF_TEN = re.compile(r"(?<![\w.])[\d.]+[eE][+-]?\d{4,}(?!\w)")
+_HUGE_POWER_OF_TEN = re.compile(r"(?<![\w.])[\d._]+[eE][+-]?\d[\d_]{3,}(?!\w)")
 _TRIGONOMETRIC = {"sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan"}
 _FUNCTIONS = _TRIGONOMETRIC | {"sinh", "cosh", "tanh", "exp", "log", "ln", "sqrt", "Abs"}
 _OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Pow, ast.UAdd, ast.USub)
@@ -98,7 +98,7 @@ def score(task: str, scorer: Any, answer: str, entry: dict[str, Any]) -> Verdict
 
 def extra_seconds(grading: dict[str, Any]) -> float:
     """Building these scorers takes seconds, once for each worker: not the response's fault."""
-    return 10.0 if grading.get("task") in _SLOW_TO_BUILD else 0.0
+    return 10.0 if str(grading.get("task")) in _SLOW_TO_BUILD else 0.0
 
 
 # Compared with tuples, which JSON turned into lists.
@@ -124,6 +124,8 @@ def _complex(answer: str, entry: dict[str, Any], upstream: float) -> float:
 
 def _coin_flip(answer: str, entry: dict[str, Any], upstream: float) -> float:
     """Upstream divides the common prefix by the shorter text, so that "0" scores 1."""
+    if upstream == 0.0:
+        return 0.0  # perhaps no number at all
     given, gold = (Fraction(text.replace(",", "")) for text in (answer, str(entry["answer"])))
     if abs(given - gold) <= Fraction(1, 10_000):
         return 1.0
@@ -131,11 +133,22 @@ def _coin_flip(answer: str, entry: dict[str, Any], upstream: float) -> float:
     return upstream * lengths[0] / lengths[1]
 
 
+def _puzzle24(answer: str, entry: dict[str, Any], upstream: float) -> float:
+    """Upstream takes any four small numbers for those given, and 24.5 for 24."""
+    if upstream < 1.0:
+        return upstream
+    used = sorted(int(number) for number in re.findall(r"\b\d+\b", answer))
+    given = sorted(entry["metadata"]["numbers"])
+    exact = importlib.import_module("sympy").parse_expr(answer) == 24
+    return 1.0 if used == given and exact else 0.01
+
+
 # Scorers of reasoning-gym 0.1.25 that give full marks to a constant answer.
 _CORRECTED: dict[str, Callable[[str, dict[str, Any], float], float]] = {
     "game_of_life_halting": _halting,
     "complex_arithmetic": _complex,
     "coin_flip": _coin_flip,
+    "puzzle24": _puzzle24,
 }
 
 
@@ -152,12 +165,12 @@ def _refusal(task: str, answer: str, entry: dict[str, Any]) -> str | None:
         return f"an expression of more than {MAX_EXPRESSION} characters"
     try:
         tree = ast.parse(answer, mode="eval")
+        if task not in LITERAL_TASKS:
+            return _expression_refusal(tree, names=task in ALGEBRA_TASKS)
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         # Rows of a board, a bare word: eval() would fail too, comparison may succeed.
         return None if task in LITERAL_TASKS else "not an expression"
-    if task in LITERAL_TASKS:
-        return _literal_refusal(tree)
-    return _expression_refusal(tree, names=task in ALGEBRA_TASKS)
+    return _literal_refusal(tree)
 
 
 def _literal_refusal(tree: ast.Expression) -> str | None:
@@ -172,14 +185,11 @@ def _expression_refusal(tree: ast.Expression, names: bool) -> str | None:
     """Why an expression may not be evaluated: anything but small arithmetic is refused."""
     for node in ast.walk(tree):
         match node:
-            case ast.Expression() | ast.UnaryOp() | ast.Load() | ast.operator() | ast.unaryop():
-                if isinstance(node, ast.operator | ast.unaryop) and not isinstance(
-                    node, _OPERATORS
-                ):
+            case ast.Expression() | ast.UnaryOp() | ast.BinOp() | ast.Load():
+                continue
+            case ast.operator() | ast.unaryop():
+                if not isinstance(node, _OPERATORS):
                     return f"operator {type(node).__name__} in an expression"
-            case ast.BinOp():
-                if isinstance(node.op, ast.Pow) and not _small_exponent(node.right):
-                    return "an exponent that is not a small number"
             case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
                 if abs(value) > 10**MAX_DIGITS:
                     return "a number with too many digits"
@@ -189,24 +199,37 @@ def _expression_refusal(tree: ast.Expression, names: bool) -> str | None:
                 continue
             case _:
                 return f"{type(node).__name__} in an expression"
+    if _power(tree) > MAX_EXPONENT:
+        return "an exponent that is not a small number"
     return None
 
 
-def _small_exponent(node: ast.expr) -> bool:
-    """A literal number, a quotient of two, or either with a sign; never a tower.
+def _power(node: ast.AST) -> float:
+    """The largest exponent in an expression; those of a power of a power multiply."""
+    inner = max((_power(child) for child in ast.iter_child_nodes(node)), default=1.0)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
+        return inner * max(1.0, abs(_exponent(node.right)))
+    return inner
 
-    A symbolic exponent such as exp(1)**x is left to sympy: it is not computed.
+
+def _exponent(node: ast.expr) -> float:
+    """The value of a literal number, or of products and quotients of such; inf for all else.
+
+    A symbolic exponent such as exp(1)**x counts as 1: it is left to sympy, uncomputed.
     """
     match node:
         case ast.Constant(value=int() | float() as value):
-            return abs(value) <= MAX_EXPONENT
+            return float(value)
         case ast.UnaryOp(operand=operand):
-            return _small_exponent(operand)
-        case ast.BinOp(op=ast.Div() | ast.Mult(), left=left, right=right):
-            return _small_exponent(left) and _small_exponent(right)
-        case ast.Name(id=name):
-            return len(name) == 1
-    return False
+            return _exponent(operand)
+        case ast.BinOp(op=ast.Mult(), left=left, right=right):
+            return _exponent(left) * _exponent(right)
+        case ast.BinOp(op=ast.Div(), left=left, right=right):
+            divisor = _exponent(right)
+            return _exponent(left) / divisor if divisor else math.inf
+        case ast.Name(id=name) if len(name) == 1:
+            return 1.0
+    return math.inf
 
 
 @lru_cache(maxsize=256)

@@ -69,6 +69,23 @@ def test_a_short_prefix_is_not_a_probability() -> None:
     assert grade(item, f"<answer>{gold}</answer>").score == 1.0
 
 
+@pytest.mark.parametrize("answer", ["heads", "1/0", "one half", "1e400"])
+def test_what_is_no_probability_is_wrong(answer: str) -> None:
+    assert grade(record("coin_flip"), f"<answer>{answer}</answer>").score == 0.0
+
+
+@pytest.mark.parametrize("answer", ["(1 + 2 + 3) * 4", "7 * 7 * 1 / 2"])
+def test_one_solution_does_not_solve_every_puzzle24(answer: str) -> None:
+    """Upstream asks neither for the given numbers, nor for 24 itself: 24.5 will do."""
+    entry = {"answer": "gold", "metadata": {"numbers": [1, 2, 7, 7]}}
+    scorer = reasoning_gym.create_dataset("puzzle24", size=1)
+    assert scorer.score_answer(answer, entry) == 1.0
+    assert logic.score("puzzle24", scorer, answer, entry).score == 0.01
+    for index in range(3):
+        gold = record("puzzle24", index)["entry"]["answer"]
+        assert scored("puzzle24", f"({gold})", index) == 1.0
+
+
 @pytest.mark.parametrize("task", sorted(logic.EVALUATING_TASKS))
 def test_evaluating_tasks_are_refused_outside_a_worker(task: str) -> None:
     assert not confinement.active()
@@ -83,6 +100,10 @@ HOSTILE = [
     "9**9**9",
     "9**999",
     "2**(9**9)",
+    "2**(60*60*60*60*60)",
+    "2**(1/0.000000001)",
+    "(((9**64)**64)**64)**64",
+    "-" * 1000 + "1**99",
     "(lambda: 1)()",
     "[x for x in range(9)]",
     "eval('1')",
@@ -158,7 +179,9 @@ def test_an_integral_left_undone_is_no_antiderivative() -> None:
     assert logic.score("intermediate_integration", scorer, "Integral(x, x)", entry).score == 0.0
 
 
-@pytest.mark.parametrize("answer", ["1e999999999", "3/1e99999", "-1E+12345"])
+@pytest.mark.parametrize(
+    "answer", ["1e999999999", "3/1e99999", "-1E+12345", "1e9_999_999", "1_0e99_99"]
+)
 def test_huge_powers_of_ten_are_refused(answer: str) -> None:
     assert grade(record("coin_flip"), f"<answer>{answer}</answer>").reason.startswith("refused")
 
@@ -167,10 +190,25 @@ def test_hexadecimal_digits_are_no_power_of_ten() -> None:
     assert logic._refusal("bitwise_arithmetic", "0x1e12345", {"answer": "0x0"}) is None
 
 
-def test_scorers_that_raise_score_zero() -> None:
-    verdict = grade(record("prime_factorization"), "<answer>a × b</answer>")  # noqa: RUF001
-    assert verdict.score == 0.0 or verdict.score == 0.01
-    assert math.isfinite(verdict.score)
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        (ZeroDivisionError, "wrong: the scorer failed (ZeroDivisionError)"),
+        (None, "wrong: the scorer failed (TypeError)"),
+        (math.nan, "wrong: the scorer returned no number"),
+        (7.0, "correct"),
+        (-1.0, "wrong"),
+    ],
+)
+def test_whatever_a_scorer_does_is_a_score(said: Any, reason: str) -> None:
+    class Scorer:
+        def score_answer(self, answer: str, entry: dict[str, Any]) -> Any:
+            if said is ZeroDivisionError:
+                raise said
+            return said
+
+    verdict = logic.score("leg_counting", Scorer(), "1", {"answer": "2"})
+    assert (verdict.score, verdict.reason) == (float(said == 7.0), reason)
 
 
 @pytest.mark.parametrize(
@@ -179,6 +217,7 @@ def test_scorers_that_raise_score_zero() -> None:
         {"kind": "reasoning_gym"},
         {"kind": "reasoning_gym", "task": "no_such_task", "entry": {"answer": ""}},
         {"kind": "reasoning_gym", "task": "leg_counting", "entry": {}},
+        {"kind": "reasoning_gym", "task": ["leg_counting"], "entry": {"answer": "1"}},
         {
             "kind": "reasoning_gym",
             "task": "leg_counting",
