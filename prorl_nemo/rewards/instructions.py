@@ -82,9 +82,13 @@ def _loose_variants(response: str) -> list[str]:
 def _key(grading: dict[str, Any]) -> str:
     """What the checkers depend on, as text, so that a prompt's 16 responses share them."""
     names, arguments = grading.get("instruction_id_list"), grading.get("kwargs")
-    if not (isinstance(names, list) and names):
+    if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
         raise GradingError("grading.instruction_id_list: must be a list of instruction ids")
-    if not (isinstance(arguments, list) and len(arguments) == len(names)):
+    if not (
+        isinstance(arguments, list)
+        and len(arguments) == len(names)
+        and all(given is None or isinstance(given, dict) for given in arguments)
+    ):
         raise GradingError(f"grading.kwargs: must be a list of {len(names)} mappings")
     return json.dumps([names, arguments, grading.get("prompt")])
 

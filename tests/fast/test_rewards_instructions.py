@@ -141,6 +141,8 @@ def test_grading_draws_no_random_numbers() -> None:
         {"kind": "instructions", "instruction_id_list": ["punctuation:no_comma"], "kwargs": []},
         {"kind": "instructions", "instruction_id_list": "punctuation:no_comma", "kwargs": [{}]},
         record(("keywords:existence", {"nonsense": 1})),
+        {"kind": "instructions", "instruction_id_list": ["punctuation:no_comma"], "kwargs": ["x"]},
+        {"kind": "instructions", "instruction_id_list": [["punctuation:no_comma"]], "kwargs": [{}]},
         record(("length_constraints:number_words", {"num_words": 1, "relation": "about"})),
     ],
 )
