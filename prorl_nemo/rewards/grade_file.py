@@ -92,11 +92,13 @@ def grade_file(
         sandbox: where code runs (see GraderPool).
 
     Raises:
-        UserError: the file cannot be read, or no line of it can be graded.
+        UserError: the file cannot be read, it is `out`, or no line of it can be graded.
     """
     report = Report()
     sink: TextIO | None = None
     try:
+        if out and os.path.exists(out) and os.path.samefile(path, out):
+            raise UserError(f"--out: {out} is the file to be graded; write to another one")
         sink = open(out, "w", encoding="utf-8") if out else None  # noqa: SIM115
         with GraderPool(workers or os.cpu_count() or 1, sandbox=sandbox) as pool:
             for number, row, verdict in _verdicts(Path(path), pool, training, report):

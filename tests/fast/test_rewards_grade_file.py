@@ -57,6 +57,15 @@ def test_a_file_without_a_gradable_line_is_an_error(tmp_path: Path, content: str
         grade_file(write(tmp_path / "in.jsonl", content), workers=1)
 
 
+def test_the_file_itself_is_not_written_over(tmp_path: Path) -> None:
+    path = write(tmp_path / "in.jsonl", {"grading": MATH, "response": "7"})
+    (tmp_path / "link").symlink_to(path)
+    for out in (path, tmp_path / "link"):
+        with pytest.raises(UserError, match="another one"):
+            grade_file(path, workers=1, out=out)
+    assert "response" in path.read_text()
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere"):
         grade_file(tmp_path / "nowhere.jsonl", workers=1)
