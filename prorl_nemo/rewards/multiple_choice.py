@@ -47,10 +47,14 @@ def chosen_letter(answer: str, choices: list[str]) -> str | None:
     """The letter that the content of a box names, upper case, or None."""
     plain = _WRAPPED.sub(r"\1", answer).replace("$", "").strip().rstrip(".")
     letter = _LETTER.fullmatch(plain)
-    if letter:
+    if letter and not _beyond(letter[1], choices):
         return letter[1].upper()
     same = [i for i, choice in enumerate(choices) if _same_text(choice, answer)]
     return chr(ord("A") + same[0]) if len(same) == 1 else None
+
+
+def _beyond(letter: str, choices: list[str]) -> bool:
+    return bool(choices) and ord(letter.upper()) - ord("A") >= len(choices)
 
 
 def _same_text(choice: str, answer: str) -> bool:
@@ -65,7 +69,7 @@ def _record(grading: dict[str, Any]) -> tuple[str, list[str]]:
         raise GradingError(f"grading.answer: {gold!r} is no letter")
     if not (isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)):
         raise GradingError("grading.choices: must be a list of texts")
-    if choices and ord(gold.upper()) - ord("A") >= len(choices):
+    if _beyond(gold, choices):
         raise GradingError(f"grading.answer: {gold} is beyond the {len(choices)} choices")
     return gold.upper(), choices
 

@@ -50,6 +50,11 @@ def test_a_single_letter_is_the_letter_of_a_choice() -> None:
     assert grade(record, r"\boxed{D}").score == 0.0
 
 
+def test_a_letter_beyond_the_choices_may_be_one_s_text() -> None:
+    record = {"kind": "multiple_choice", "answer": "B", "choices": ["x", "y", "2x"]}
+    assert [grade(record, rf"\boxed{{{box}}}").score for box in "yxzD"] == [1.0, 0.0, 0.0, 0.0]
+
+
 @pytest.mark.parametrize(
     "record",
     [
