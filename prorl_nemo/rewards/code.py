@@ -18,6 +18,7 @@ from typing import Any
 from prorl_nemo.rewards.code_outputs import same_output, same_value
 from prorl_nemo.rewards.code_tests import Cases, read_tests, time_limit_s
 from prorl_nemo.rewards.extraction import final_part, last_code_block
+from prorl_nemo.rewards.frames import receive_frame, send_frame
 from prorl_nemo.rewards.sandbox import runner
 from prorl_nemo.rewards.sandbox.box import Box, CompileError, Run
 from prorl_nemo.rewards.sandbox.probe import working_backend
@@ -215,26 +216,10 @@ def _relay(ours: socket.socket, checker: Box, box: Box, tests: Cases, clock: _Cl
         if ours.fileno() not in ready:
             raise _OutOfTimeError
         with contextlib.suppress(OSError, EOFError):
-            request = json.loads(_read_frame(ours, clock))
+            request = receive_frame(ours, time.monotonic() + clock.wall)
             answer = _answer(request, box, tests, clock)
-            body = json.dumps(answer).encode()
-            ours.settimeout(clock.wall)
-            ours.sendall(len(body).to_bytes(4, "little") + body)
+            send_frame(ours, answer, time.monotonic() + clock.wall)
     return f"failed: more than {_MAX_CALLS} calls"
-
-
-def _read_frame(sock: socket.socket, clock: _Clock) -> bytes:
-    def read(size: int) -> bytes:
-        parts = bytearray()
-        while len(parts) < size:
-            sock.settimeout(clock.wall)
-            chunk = sock.recv(min(size - len(parts), 1 << 20))
-            if not chunk:
-                raise EOFError
-            parts += chunk
-        return bytes(parts)
-
-    return read(int.from_bytes(read(4), "little"))
 
 
 def _answer(request: dict[str, Any], box: Box, tests: Cases, clock: _Clock) -> dict[str, Any]:

@@ -14,13 +14,14 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 
 from prorl_nemo.errors import UserError
+from prorl_nemo.rewards.frames import receive_frame, send_frame
 from prorl_nemo.rewards.registry import kind_of
 from prorl_nemo.rewards.template import PoolError, Template, Worker
 from prorl_nemo.rewards.verdict import GradingError, Verdict, zero
-from prorl_nemo.rewards.worker import receive_frame, send_frame
 
 # A verdict is small; a worker that was taken over must not fill our memory.
 _MAX_ANSWER = 1 << 20
@@ -217,20 +218,13 @@ class GraderPool:
         return verdict
 
 
+@dataclass(frozen=True)
 class _Request:
-    def __init__(
-        self,
-        request_id: str,
-        grading: dict[str, Any],
-        text: str,
-        training: bool,
-        future: Future[Verdict],
-    ) -> None:
-        self.request_id = request_id
-        self.grading = grading
-        self.text = text
-        self.training = training
-        self.future = future
+    request_id: str
+    grading: dict[str, Any]
+    text: str
+    training: bool
+    future: Future[Verdict]
 
 
 def _read(answer: dict[str, Any], request_id: str) -> Verdict:
@@ -240,7 +234,7 @@ def _read(answer: dict[str, Any], request_id: str) -> Verdict:
         raise PoolError(f"a grading worker cannot work: {answer['unfit']}")
     if answer["id"] != request_id:
         raise ValueError("the answer is to another request")
-    parts = answer.get("parts", {})
-    if not isinstance(parts, dict):
-        raise TypeError("parts")
-    return Verdict(float(answer["score"]), parts, str(answer["reason"]))
+    score, parts = answer["score"], answer.get("parts", {})
+    if not (isinstance(score, int | float) and isinstance(parts, dict)):
+        raise TypeError("score or parts")
+    return Verdict(score, parts, str(answer["reason"]))

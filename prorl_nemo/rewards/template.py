@@ -16,8 +16,8 @@ import time
 from typing import Any
 
 from prorl_nemo.errors import UserError
+from prorl_nemo.rewards.frames import receive_frame, send_frame
 from prorl_nemo.rewards.sandbox import SANDBOX_VARIABLE
-from prorl_nemo.rewards.worker import receive_frame, send_frame
 
 _START_S = 120.0
 _BOOT = (

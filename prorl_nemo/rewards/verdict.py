@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,8 +28,8 @@ class Verdict:
     reason: str = ""
 
     def __post_init__(self) -> None:
-        # A NaN would poison the advantages of the whole batch.
-        if not (math.isfinite(self.score) and 0.0 <= self.score <= 1.0):
+        # Written so that NaN fails too: it would poison the advantages of the whole batch.
+        if not 0.0 <= self.score <= 1.0:
             raise ValueError(f"score {self.score} is not in [0, 1]")
 
 

@@ -3,9 +3,6 @@
 The template imports the graders once and then only forks, so that a worker that hung or
 ran out of memory is replaced in milliseconds. It runs nothing a model wrote. Each worker
 confines itself, then grades requests from its socket until told to stop.
-
-Messages are frames: 4 bytes of length, then JSON. Never pickle: a worker that was taken
-over must not be able to run code in the process that trains.
 """
 
 from __future__ import annotations
@@ -17,76 +14,21 @@ import resource
 import signal
 import socket
 import sys
-import time
 import traceback
 from typing import Any
 
 from prorl_nemo.errors import UserError
 from prorl_nemo.rewards import confinement
+from prorl_nemo.rewards.frames import receive_frame, send_frame
 from prorl_nemo.rewards.registry import KINDS, grade
 from prorl_nemo.rewards.sandbox.inside import die_with_parent
 from prorl_nemo.rewards.verdict import GradingError
 
-MAX_FRAME = 256 << 20
 _SOFT_REPEAT_S = 0.2
 
 
 class SoftTimeout(BaseException):
     """The soft limit passed. Not an Exception, so that graders do not swallow it."""
-
-
-def send_frame(sock: socket.socket, message: dict[str, Any], deadline: float | None = None) -> None:
-    """Send one message. Raises TimeoutError past `deadline` (of time.monotonic)."""
-    body = json.dumps(message).encode()
-    data = memoryview(len(body).to_bytes(4, "little") + body)
-    if deadline is not None:
-        sock.settimeout(_left(deadline))
-        sock.sendall(data)
-        return
-    # Plain writes and reads without a deadline: a confined worker has no socket calls.
-    while data:
-        data = data[os.write(sock.fileno(), data) :]
-
-
-def receive_frame(
-    sock: socket.socket, deadline: float | None = None, limit: int = MAX_FRAME
-) -> dict[str, Any]:
-    """Receive one message.
-
-    Raises:
-        TimeoutError: nothing whole came before `deadline`.
-        EOFError: the other side has gone.
-        ValueError: not a frame of at most `limit` bytes with a JSON object.
-    """
-    size = int.from_bytes(_receive(sock, 4, deadline), "little")
-    if size > limit:
-        raise ValueError(f"a message of {size} bytes exceeds the limit of {limit}")
-    message = json.loads(_receive(sock, size, deadline))
-    if not isinstance(message, dict):
-        raise ValueError("the message is not an object")
-    return message
-
-
-def _receive(sock: socket.socket, size: int, deadline: float | None) -> bytes:
-    received = bytearray()
-    while len(received) < size:
-        wanted = min(size - len(received), 1 << 20)
-        if deadline is None:
-            chunk = os.read(sock.fileno(), wanted)
-        else:
-            sock.settimeout(_left(deadline))
-            chunk = sock.recv(wanted)
-        if not chunk:
-            raise EOFError
-        received += chunk
-    return bytes(received)
-
-
-def _left(deadline: float) -> float:
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError
-    return left
 
 
 def template_main(control_fd: int) -> None:

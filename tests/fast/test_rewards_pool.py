@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import pytest
 import reasoning_gym
 
 from prorl_nemo.errors import UserError
+from prorl_nemo.rewards.frames import receive_frame
 from prorl_nemo.rewards.pool import GraderPool, _read
 from prorl_nemo.rewards.verdict import GradingError, Verdict
 
@@ -194,8 +196,6 @@ def test_a_confined_worker_can_only_compute(tmp_path: Any) -> None:
 
 
 def _escapes(folder: str) -> list[str]:
-    import socket
-
     from prorl_nemo.rewards import confinement
 
     confinement.enter()
@@ -252,6 +252,7 @@ def test_settings_are_checked() -> None:
         {"id": "a", "score": 2.0, "reason": ""},
         {"id": "a", "score": float("nan"), "reason": ""},
         {"id": "a", "score": "1e999", "reason": ""},
+        {"id": "a", "score": 10**400, "reason": ""},
         {"id": "a", "score": 1.0, "parts": [], "reason": ""},
         {"id": "a"},
         {},
@@ -260,6 +261,16 @@ def test_settings_are_checked() -> None:
 def test_a_forged_answer_is_no_verdict(answer: dict[str, Any]) -> None:
     with pytest.raises((ValueError, TypeError, KeyError)):
         _read(answer, "a")
+
+
+def test_a_forged_message_is_no_message() -> None:
+    """Also one that exhausts the parser's recursion, which is no ValueError by itself."""
+    for body in (b"[" * 50_000, b"[]", b"{", b'{"a": '):
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            theirs.sendall(len(body).to_bytes(4, "little") + body)
+            with pytest.raises(ValueError):
+                receive_frame(ours, time.monotonic() + 5)
 
 
 def test_a_verdict_is_a_finite_share() -> None:

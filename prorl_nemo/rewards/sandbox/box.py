@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from prorl_nemo.rewards.frames import receive_bytes
 from prorl_nemo.rewards.sandbox import SandboxError, runner, seccomp
 from prorl_nemo.rewards.sandbox.backends import Backend, start
 
@@ -189,23 +190,10 @@ class Box:
         self._control.sendall(len(body).to_bytes(4, "little") + body)
 
     def _receive(self, deadline: float) -> Run:
-        header = self._read(runner.HEADER.size, deadline)
+        header = receive_bytes(self._control, runner.HEADER.size, deadline)
         status, code, cpu, wall, output_size, message_size = runner.HEADER.unpack(header)
         if output_size > MAX_OUTPUT or message_size > 1 << 20:
             raise EOFError
-        output = self._read(output_size, deadline)
-        messages = self._read(message_size, deadline).decode("utf-8", "replace")
+        output = receive_bytes(self._control, output_size, deadline)
+        messages = receive_bytes(self._control, message_size, deadline).decode("utf-8", "replace")
         return Run(status, code, cpu, wall, output, messages)
-
-    def _read(self, size: int, deadline: float) -> bytes:
-        parts = bytearray()
-        while len(parts) < size:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise TimeoutError
-            self._control.settimeout(left)
-            chunk = self._control.recv(min(size - len(parts), 1 << 20))
-            if not chunk:
-                raise EOFError
-            parts += chunk
-        return bytes(parts)
