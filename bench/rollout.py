@@ -1,9 +1,9 @@
 """Generation through the fleet against vLLM's own offline `generate`, same prompts, same run.
 
 Both engines have the same settings and live side by side, each idle while the other works; rounds
-alternate so that a change of the machine's load meets both. What is compared is the best round of
-each: other work on the machine makes rounds slower, never faster. The fleet does more: a seed, a
-log-probability for every token, results as they finish.
+alternate so that a change of the machine's load meets both, and begin with empty prefix caches.
+What is compared is the best round of each: other work on the machine makes rounds slower, never
+faster. The fleet does more: a seed, a log-probability for every token, results as they finish.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ def through_fleet(
         for i, prompt in enumerate(prompts)
         for j in range(SAMPLES)
     ]
+    fleet.reset_prefix_cache()
     started = time.monotonic()
     fleet.submit(requests)
     tokens, missing = 0, len(requests)
@@ -82,7 +83,6 @@ def main(json_path: Path | None) -> None:
     folder = resolve_model(recipe.model)
     settings = EngineSettings.from_recipe(recipe, folder)
     drawn = load_prompts(recipe, load_tokenizer(folder), lambda prompt_id, reason: None)
-    # Every round has prompts of its own, so that no prefix cache remembers the last one's.
     prompts = [p.token_ids for p in drawn.validation]
     start_ray()
     rates: dict[str, list[float]] = {"offline": [], "fleet": []}
