@@ -24,10 +24,14 @@ from prorl_nemo.training.batch import TrainingBatch
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """Two nodes with one made-up GPU each."""
-    made = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 2, "num_gpus": 1, "include_dashboard": False},
-    )
+    ray.shutdown()  # The one of other tests.
+    with pytest.MonkeyPatch.context() as patch:
+        # By the address that it leaves in /tmp/ray every run of this machine would join it.
+        patch.setattr(ray._private.utils, "write_ray_address", lambda address: None)
+        made = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 2, "num_gpus": 1, "include_dashboard": False},
+        )
     made.add_node(num_cpus=2, num_gpus=1)
     ray.init(address=made.address, log_to_driver=False)
     yield made
