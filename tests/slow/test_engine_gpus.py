@@ -16,6 +16,7 @@ from prorl_nemo.recipe import parse_recipe
 
 @pytest.fixture(autouse=True)
 def four_gpus() -> Iterator[None]:
+    ray.shutdown()  # The one of other tests.
     ray.init(num_cpus=2, num_gpus=4, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()

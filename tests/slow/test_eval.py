@@ -8,19 +8,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from rich.console import Console
 
 from prorl_nemo.harness.again import regrade
 from prorl_nemo.harness.evaluate import Request, evaluate
 from prorl_nemo.harness.fleet_generator import EngineOptions
 from prorl_nemo.strict_yaml import dump_yaml
-from prorl_nemo.training.session import start_ray
 
 ITEMS, SAMPLES, AT_ONCE = 20, 4, 4
 SAMPLING = {"temperature": 1.0, "top_p": 0.95, "max_tokens": 20}
@@ -59,21 +56,13 @@ def definitions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_ray() -> Iterator[None]:
-    """For all evaluations in this process: it takes seconds to start."""
-    start_ray()
-    yield
-    ray.shutdown()
-
-
 def rows(folder: Path) -> list[dict[str, Any]]:
     lines = (folder / "samples.jsonl").read_text().splitlines()
     return sorted((json.loads(line) for line in lines), key=lambda r: (r["item"], r["sample"]))
 
 
 def test_killed_and_resumed_it_equals_one_on_two_engines_that_was_not(
-    definitions: Path, tmp_path: Path
+    definitions: Path, one_ray: None, tmp_path: Path
 ) -> None:
     """As evaluations are by default: what is computed beside a sample does not change it."""
     out, whole = tmp_path / "killed", tmp_path / "whole"

@@ -7,19 +7,16 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import torch
 from rich.console import Console
 
 from prorl_nemo.model_source import check_model_folder
 from prorl_nemo.pretraining.run import pretrain
 from prorl_nemo.recipe_pretrain import load_pretraining
-from prorl_nemo.training.session import start_ray
 
 RECIPE = """
 name: tiny
@@ -43,13 +40,6 @@ def stop_after(steps: int, metrics: Path) -> None:
     while not metrics.exists() or len(metrics.read_text().splitlines()) < steps:
         time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-@pytest.fixture(scope="module")
-def one_ray() -> Iterator[None]:
-    start_ray()
-    yield
-    ray.shutdown()
 
 
 def test_stopped_and_resumed_is_the_same_model(tmp_path: Path, one_ray: None) -> None:

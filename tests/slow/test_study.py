@@ -7,12 +7,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import yaml
 from rich.console import Console
 
@@ -20,7 +18,6 @@ from prorl_nemo.errors import UserError
 from prorl_nemo.study.compact import read_result
 from prorl_nemo.study.plan import Study
 from prorl_nemo.study.runner import FIRST_PROBE, run_study
-from prorl_nemo.training.session import start_ray
 
 SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 PRETRAINING: dict[str, Any] = {
@@ -67,13 +64,6 @@ RECIPE: dict[str, Any] = {
     "checkpoint": {"interval": 2, "keep_last": 1},
     "stages": [{"steps": 6}],
 }
-
-
-@pytest.fixture(scope="module")
-def one_ray() -> Iterator[None]:
-    start_ray()
-    yield
-    ray.shutdown()
 
 
 def write_study(folder: Path) -> Study:
