@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from prorl_nemo.cli import app
 from prorl_nemo.tiny_model import tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -151,31 +153,25 @@ CHECKED = {
 
 
 @pytest.mark.parametrize("family", CHECKED)
-def test_check_passes_in_a_parallel_layout(family: str, tmp_path: Path) -> None:
+def test_check_passes_in_a_parallel_layout(family: str, one_ray: None, tmp_path: Path) -> None:
     """fp32, temperature 1.2, once with a tied and once with an output matrix of its own."""
     model = tiny_model(family, tmp_path / "model", tied=family == "llama", layers=4)
     found = tmp_path / "check.json"
-    run = subprocess.run(
-        prorl(
-            "check",
-            str(ROOT / "recipes/quickstart.yaml"),
-            f"model={model}",
-            f"runs_dir={tmp_path}",
-            "policy.precision=fp32",
-            "policy.threads=1",
-            *CHECKED[family],
-            "rollout.temperature=1.2",
-            "data.max_prompt_tokens=1024",
-            "--json",
-            str(found),
-        ),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    command = [
+        "check",
+        str(ROOT / "recipes/quickstart.yaml"),
+        f"model={model}",
+        f"runs_dir={tmp_path}",
+        "policy.precision=fp32",
+        "policy.threads=1",
+        *CHECKED[family],
+        "rollout.temperature=1.2",
+        "data.max_prompt_tokens=1024",
+        "--json",
+        str(found),
+    ]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, (done.output, done.exception)
     lines = json.loads(found.read_text())
     assert all(line["ok"] for line in lines)
     names = " ".join(line["name"] for line in lines)
