@@ -183,4 +183,9 @@ CPP_COMPILER: dict[str, str] = {
 
 def python_source(name: str) -> str:
     """A whole program."""
-    return _AIM + _TRY + PYTHON[name]
+    return attempting(PYTHON[name])
+
+
+def attempting(action: str) -> str:
+    """A program that begins as every attack does."""
+    return _AIM + _TRY + action

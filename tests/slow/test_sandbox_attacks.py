@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
-from attacks import CPP, CPP_COMPILER, PYTHON, python_source
+from attacks import CPP, CPP_COMPILER, PYTHON, attempting, python_source
 
 from prorl_nemo.rewards import code
 from prorl_nemo.rewards.pool import GraderPool
@@ -150,6 +150,22 @@ def test_cpp_attack(attacks: dict[tuple[str, str], Future[list[Run]]], name: str
 def test_compiler_attack(attacks: dict[tuple[str, str], Future[list[Run]]], name: str) -> None:
     with pytest.raises(CompileError):
         attacks["cpp", name].result(timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("language", "source"),
+    [
+        ("python", attempting("attempt(lambda: T['token'])")),
+        ("cpp", '#include <cstdio>\nint main(){puts("PWNED");}'),
+    ],
+    ids=["python", "cpp"],
+)
+def test_an_attack_that_succeeds_is_seen(
+    backend: Backend, aim: dict[str, Any], language: str, source: str
+) -> None:
+    """An attack's first lines run in the box, too: what follows them is really tried."""
+    with Box(backend, source, language) as box:
+        assert b"PWNED" in box.run(json.dumps(aim).encode(), SECONDS, WALL).output
 
 
 def test_there_are_enough_attacks() -> None:
