@@ -27,7 +27,7 @@ test-fast: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fast --numprocesses logical
 
 test-slow: setup
-	$(BIN)/python -m pytest tests/slow
+	$(BIN)/python -m pytest tests/slow --numprocesses 2 --dist loadfile
 
 # A run that is killed twelve times ends as one that never was (docs/resume.md).
 test-kill: setup
