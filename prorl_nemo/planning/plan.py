@@ -82,7 +82,7 @@ class Plan:
 
     @property
     def gpu_hours(self) -> float:
-        return sum(s.steps * s.time.total for s in self.stages) * self.gpus / 3600
+        return sum(map(self.stage_hours, self.stages))
 
     @property
     def gpu_hours_range(self) -> tuple[float, float]:
