@@ -77,6 +77,7 @@ class Trainer:
         self.should_stop = should_stop
         self.tracker = tracker or Tracker([])
         self.step = 0
+        self.updated_step = 0  # The last with updates: the version of the weights.
         self.validated_step = -1
         self.last_validation: dict[str, float] | None = None
         self.rules = StageRules(self.recipe)
@@ -103,7 +104,7 @@ class Trainer:
         )
         self.updating = False
         self._lost_rows_said = log.lost_rows
-        self.engines_lost: FleetError | None = None
+        self.ending: StopRequested | FleetError | None = None
 
     # ---- the run --------------------------------------------------------------------------
 
@@ -124,7 +125,7 @@ class Trainer:
                 self._check_stop(self.update_seconds)
                 self.train_step()
             if self.validated_step < self.step:
-                self.validate()  # Resumed after engines were lost before the last one.
+                self.validate()  # Resumed after a last step that ended without engines.
         except (StopRequested, FleetError) as stop:
             self.save(last=True)
             self.event("stopped", reason=str(stop))
@@ -146,8 +147,8 @@ class Trainer:
         new_best = self._account(learned, started)
         self.updating = False
         self.update_seconds = sum(self.times.get(phase, 0.0) for phase in UPDATE_PHASES)
-        if self.engines_lost:
-            raise self.engines_lost
+        if self.ending:
+            raise self.ending
         due = step % self.recipe.checkpoint.interval == 0
         keep = new_best and self.recipe.checkpoint.keep_best
         if due or keep or step == self.stages.total_steps:
@@ -218,13 +219,14 @@ class Trainer:
             batch.reference_logprobs, _ = policy.logprobs(batch, "reference")
         with self._phase("train"):
             records = policy.train(batch, settings)
+        self.updated_step = self.step + 1
         self.skipped.count(self.step + 1, batch, settings.minibatches, records)
         with self._phase("sync"):
             self._with_engines(self._sync_weights)
         return records
 
     def _sync_weights(self) -> None:
-        self.session.sync_weights(self.step + 1)
+        self.session.sync_weights(self.updated_step)
         every = self.recipe.rollout.verify_weights_every
         if every and (self.step + 1) % every == 0:
             started = time.monotonic()
@@ -232,14 +234,15 @@ class Trainer:
             self.event("weights_verified", tensors=tensors, seconds=time.monotonic() - started)
 
     def _with_engines(self, work: Callable[[], None]) -> bool:
-        """Work for the engines after the updates. If they fail for good the run ends, but with
-        the step finished: its updates cannot be taken back. Whether the work was done."""
-        if self.engines_lost is None:
+        """Work for the engines once a batch is drawn. If they fail for good, or one is replaced
+        in a run that is to stop, the run ends with the step finished: batch and updates cannot be
+        taken back. Whether the work was done."""
+        if self.ending is None:
             try:
                 work()
                 return True
-            except FleetError as error:
-                self.engines_lost = error
+            except (StopRequested, FleetError) as reason:
+                self.ending = reason
         return False
 
     def validate(self) -> None:

@@ -28,6 +28,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
     return {
         "step": trainer.step,
         "recipe": trainer.recipe.fingerprint,
+        "updated_step": trainer.updated_step,
         "validated_step": trainer.validated_step,
         "last_validation": trainer.last_validation,
         "skipped_in_a_row": trainer.skipped.in_a_row,
@@ -39,6 +40,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
 def _load_state(trainer: Trainer, state: dict[str, Any]) -> None:
     trainer.step, trainer.validated_step = state["step"], state["validated_step"]
     trainer.last_validation = state["last_validation"]
+    trainer.updated_step = state.get("updated_step", trainer.step)  # Older checkpoints do not say.
     trainer.skipped.in_a_row = state["skipped_in_a_row"]
     for name, part in trainer.parts.items():
         part.load_state_dict(state[name])
@@ -59,16 +61,16 @@ def resume(trainer: Trainer) -> bool:
     state = checkpoints.read_state(step)
     try:
         _load_state(trainer, state)
-    except KeyError as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{checkpoints.path(step)}: written by another version (no {error}); resume "
-            "with that version, or start a new run with name=NAME"
+            f"{checkpoints.path(step)}: written by another version ({error!r}); resume with that "
+            "version, or start a new run with name=NAME"
         ) from None
     trainer.session.policy.load(checkpoints.path(step) / "policy")
     shorter = log.shorter_than(state["log"])
     log.truncate_after(step)
     trainer.saver.recall(read_rows(trainer.recipe.run_dir / EVENTS))
-    trainer.session.sync_weights(step)
+    trainer.session.sync_weights(trainer.updated_step)
     for other, reason in damaged.items():
         trainer.event("checkpoint_damaged", damaged_step=other, reason=reason)
     if shorter:

@@ -21,9 +21,11 @@ import pytest
 from bench.simulated_engine import SimulatedFleet, SimulatedGrader, World
 from prorl_nemo.data.mixture import PromptStream
 from prorl_nemo.data.prompts import RunPrompts
+from prorl_nemo.errors import UserError
 from prorl_nemo.recipe import Recipe, load_recipe
 from prorl_nemo.records import Prompt
 from prorl_nemo.reporting.run import read_run
+from prorl_nemo.rollout.protocol import GenerationRequest
 from prorl_nemo.training.batch import StepSettings, TrainingBatch
 from prorl_nemo.training.live_view import LiveView
 from prorl_nemo.training.loop import Trainer
@@ -88,6 +90,12 @@ class OneNumber:
 class Fleet(SimulatedFleet):
     def reset_prefix_cache(self) -> None: ...
 
+    def respond(self, prompt_id: str, request: GenerationRequest) -> tuple[int, str, float]:
+        """What is solved changes with the weights, or all validations were the same."""
+        length, finish_reason, _ = super().respond(prompt_id, request)
+        luck = random.Random(f"{request.seed} {self.weight_version // 2}").random()
+        return length, finish_reason, float(luck < self.world.solve_rate(prompt_id))
+
 
 class Numbers:
     """Prompts 0, 1, 2, ... of a task."""
@@ -104,7 +112,8 @@ class Numbers:
 
 
 class SimulatedSession(Session):
-    def sync_weights(self, version: int) -> None: ...
+    def sync_weights(self, version: int) -> None:
+        self.version = self.fleet.weight_version = version  # type: ignore[misc]
 
     def verify_weights(self) -> int:
         return 1
@@ -203,7 +212,12 @@ EARLY_END = (
         ["rollout.deterministic=false", "rollout.surplus=carry_over"],
         [EARLY_END, "checkpoint.background=false"],
         [EARLY_END, "rollout.prompt_history={in_a_row: 1}", "checkpoint.interval=3"],
-        ["reference_reset={source: best, best_margin: 0.0, interval: 5}", "stages=[{steps: 30}]"],
+        [
+            "reference_reset={source: best, best_margin: 0.0, interval: 5}",
+            "stages=[{steps: 30}]",
+            "validation.at_start=false",  # Of step 0 there is no checkpoint to take.
+            "validation.samples=8",
+        ],
     ],
     ids=["resets", "carry over", "early end", "history", "best"],
 )
@@ -216,6 +230,8 @@ def test_a_run_killed_many_times_ends_as_one_that_never_was(
     assert kills >= 5
     assert found == expected
     assert figures(killed) == figures(alone)
+    if any("source: best" in override for override in overrides):
+        assert "best" in {event["source"] for event in events(alone, "reference_reset")}
 
 
 def test_every_reset_of_the_smoke_recipe_happens_once(tmp_path: Path) -> None:
@@ -282,6 +298,82 @@ def test_a_stop_in_mid_batch_saves_the_last_finished_step(tmp_path: Path) -> Non
     again.run()
     assert policy.numbers == expected
     assert figures(stopped) == figures(alone)
+
+
+def test_a_step_without_updates_makes_no_sample_stale(tmp_path: Path) -> None:
+    """Its weights are those of the step before, also for a run that goes on from there."""
+    recipe = resets(tmp_path, "none", "rollout.deterministic=false", "rollout.surplus=carry_over")
+    trainer, _ = trainer_of(recipe)
+    for _ in range(3):
+        trainer.train_step()
+    trainer.step = 4
+    trainer.save(last=True)
+    trainer.log.close()
+    trainer.checkpoints.close()
+    again, _ = trainer_of(recipe)
+    assert again.resume()
+    assert (again.step, again.session.version) == (4, 3)
+
+
+def replaced_while_stopping(trainer: Trainer, part: Any, name: str, step: int) -> None:
+    """As `_Run._event` does where an engine dies over `part.name` of a run that is to stop."""
+    work = getattr(part, name)
+
+    def dies(*arguments: Any) -> Any:
+        if trainer.updating and trainer.step == step:
+            raise StopRequested("SIGTERM")
+        return work(*arguments)
+
+    setattr(part, name, dies)
+
+
+def test_a_stop_amid_updates_ends_with_their_step(tmp_path: Path) -> None:
+    """The weights are those of the step under way: saved as the step before, it would be done
+    again on top of itself, with other prompts."""
+    alone, stopped = resets(tmp_path, "alone"), resets(tmp_path, "stopped")
+    expected = run_alone(alone)
+    trainer, _ = trainer_of(stopped)
+    replaced_while_stopping(trainer, trainer.session, "sync_weights", 12)
+    with pytest.raises(StopRequested):
+        trainer.run()
+    trainer.log.close()
+    trainer.checkpoints.close()
+    again, policy = trainer_of(stopped)
+    assert again.resume()
+    assert again.step == 13
+    again.run()
+    assert policy.numbers == expected
+    assert figures(stopped) == figures(alone)
+
+
+def test_a_stop_in_a_validation_leaves_the_step_whole(tmp_path: Path) -> None:
+    recipe = resets(tmp_path, "stopped")
+    trainer, policy = trainer_of(recipe)
+    replaced_while_stopping(trainer, trainer.sampler, "sample_all", 12)
+    with pytest.raises(StopRequested):
+        trainer.run()
+    trainer.checkpoints.close()
+    assert [row["step"] for row in figures(recipe) if row["kind"] == "train"][-1] == 12
+    assert events(recipe, "reset_decision")[-1]["step"] == 12
+    again, resumed = trainer_of(recipe)
+    assert again.resume()
+    assert (again.step, resumed.numbers) == (12, policy.numbers)
+
+
+@pytest.mark.parametrize("part", ["mismatch", "resets", "sampler"])
+def test_a_checkpoint_of_another_version_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    recipe = resets(tmp_path, "old")
+    trainer, _ = trainer_of(recipe)
+    trainer.train_step()
+    trainer.save(last=True)
+    state = trainer.checkpoints.read_state(1)
+    state[part].popitem()
+    monkeypatch.setattr(Checkpoints, "read_state", lambda *_: state)
+    again, _ = trainer_of(recipe)
+    with pytest.raises(UserError, match=r"step_000001: written by another version .* name=NAME"):
+        again.resume()
 
 
 def test_a_damaged_checkpoint_is_said_and_the_one_before_used(tmp_path: Path) -> None:
