@@ -56,14 +56,17 @@ class LiveView:
         if self._live:
             self._live.stop()
 
-    def history(self, rows: Iterable[Row]) -> None:
-        """Take in the metrics rows from before a restart, so that curves and times go on."""
+    def history(self, rows: Iterable[Row], step: int) -> None:
+        """Show what the rows say that are left after a restart from `step`, and nothing of steps
+        that are done again."""
         with self._lock:
+            self._seen.forget()
             for row in rows:
                 if row.get("kind") == "validation":
                     self._seen.take_validation(row)
                 else:
                     self._seen.take_step(row)
+            self._seen.step = step
             self._seen.step_ends.clear()  # the pause of a restart is not the time of a step
 
     def plan(self, total_steps: int) -> None:

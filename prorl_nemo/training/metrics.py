@@ -36,6 +36,7 @@ PROCESS_EVENTS = frozenset(
         "resumed",
         "recipe_changed",
         "restarted",
+        "sandbox",
         "stopped",
         "finished",
         "engine_restarted",

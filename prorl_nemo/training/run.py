@@ -162,17 +162,17 @@ class _Run:
 
     def _start(self, changes: dict[str, list[Any]]) -> None:
         recipe = self.recipe
+        if not self.checkpoints.steps():
+            self.log.truncate_after(-1)  # Before anything of this start is said.
         with open_session(recipe, self.folder, self._event, self.view.phase) as session:
             trainer = Trainer(
                 session, self.log, self.view, self.checkpoints, self.should_stop, self.tracker
             )
             self.trainer = trainer
             self.view.phase("resume")
-            if trainer.resume():
-                self.view.history(read_rows(recipe.run_dir / METRICS))
-            else:
-                self.log.truncate_after(-1)
+            if not trainer.resume():
                 trainer.event("run_started", recipe=recipe.fingerprint)
+            self.view.history(read_rows(recipe.run_dir / METRICS), trainer.step)
             if changes:
                 trainer.event("recipe_changed", changes=changes)
             trainer.run()

@@ -49,6 +49,13 @@ class Watched:
     step_ends: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
     step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
 
+    def forget(self) -> None:
+        """All figures; events and the time the run was begun stay."""
+        self.stage, self.row = "", {}
+        self.rewards.clear()
+        self.validations.clear()
+        self.step_seconds.clear()
+
     def begin_phase(self, name: str, total: float | None) -> None:
         self.phase, self.phase_total = printable(name), number(total)
         self.phase_done, self.phase_detail = 0.0, ""
@@ -77,8 +84,6 @@ class Watched:
         self.events.append(f"{clock_of(event)}  step {show(event, 'step', 'd')}  {text}")
         if event.get("event") == "stage_started":
             self.stage = stage_of(event)
-        elif event.get("event") == "resumed":
-            self.step = int(number(event.get("step")) or self.step)
         return text
 
     def seconds_left(self) -> float | None:

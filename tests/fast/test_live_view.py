@@ -122,13 +122,29 @@ def test_the_pause_of_a_restart_is_not_the_time_of_a_step() -> None:
         [
             {"kind": "train", "step": 1, "time": 100.0, "time/step": 8.0},
             {"kind": "validation", "step": 1, "validation/mean": 0.3},
-        ]
+        ],
+        step=1,
     )
     view.step({"step": 2, "time": 90_000.0, "time/step": 10.0})
     # Nothing but the steps' own 8 s and 10 s is known: 9 s times eight.
     assert out.getvalue().splitlines() == [out.getvalue().strip()]
     assert out.getvalue().strip().endswith("left 1 m 12 s")
     assert "0.300 → 0.300" in drawn(view)
+
+
+def test_a_restart_shows_no_step_twice() -> None:
+    view = terminal_view()
+    for step, reward in ((1, 0.1), (2, 0.2), (3, 0.9)):
+        view.step({"step": step, "reward/raw_mean": reward})
+    view.validation({"step": 3, "validation/mean": 0.77})
+    # Restarted in this process, from the checkpoint of step 2.
+    view.history([{"step": 1, "reward/raw_mean": 0.1}, {"step": 2, "reward/raw_mean": 0.2}], step=2)
+    shown = drawn(view)
+    assert "step 2 of 300" in shown
+    assert f"{sparkline([0.1, 0.2], 32)}  0.100 → 0.200" in shown
+    assert "0.77" not in shown
+    view.history([], step=0)
+    assert "step 0 of 300" in drawn(view)
 
 
 VALUES: Any = st.recursive(
@@ -164,7 +180,7 @@ def test_no_row_makes_it_fail(
     for call in (view.step, view.validation, view.event):
         call({})
         call(row)
-    view.history([{}, row, {"kind": "validation", **row}])
+    view.history([{}, row, {"kind": "validation", **row}], step=3)
     view.phase(text, total=number)
     view.progress(number, text)
     drawn(view, width=50)

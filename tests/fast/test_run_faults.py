@@ -12,8 +12,9 @@ import pytest
 from prorl_nemo.cluster.policy_group import PolicyError
 from prorl_nemo.errors import FaultError, UserError
 from prorl_nemo.recipe import load_recipe
+from prorl_nemo.training import run as run_module
 from prorl_nemo.training.live_view import LiveView
-from prorl_nemo.training.metrics import EVENTS, RunLog, read_rows
+from prorl_nemo.training.metrics import EVENTS, METRICS, RunLog, read_rows
 from prorl_nemo.training.run import FAULTS, RestartNeeded, _Run, train
 from prorl_nemo.training.run_state import Checkpoints
 from prorl_nemo.training.stopping import StopRequested
@@ -84,6 +85,45 @@ def test_a_fault_restarts_the_processes_until_the_limit(
     ):
         run.to_the_end({})
     assert events(tmp_path) == ["restarted", "restarted"]
+
+
+class FirstStart:
+    """A trainer without a checkpoint to go on from."""
+
+    step = 0
+
+    def __init__(self, session: None, log: RunLog, *others: Any) -> None:
+        self.log = log
+
+    def resume(self) -> bool:
+        return False
+
+    def event(self, event: str, **details: Any) -> None:
+        self.log.event(event, self.step, **details)
+
+    def run(self) -> None: ...
+
+
+def test_what_a_first_start_says_before_its_run_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts are dropped and the sandbox chosen while the session opens."""
+
+    @contextmanager
+    def session(recipe: Any, folder: Path, on_event: Any, on_phase: Any) -> Iterator[None]:
+        on_event("sandbox", {"name": "landlock"})
+        on_event("prompt_dropped", {"prompt_id": "p", "reason": "too long"})
+        yield None
+
+    monkeypatch.setattr(run_module, "open_session", session)
+    monkeypatch.setattr(run_module, "Trainer", FirstStart)
+    with a_run(tmp_path) as run:
+        # Of a start that was killed before its first checkpoint.
+        run.log.metrics({"kind": "train", "step": 1})
+        run.log.event("cosine_penalty", 1, on=False)
+        assert run.to_the_end({})
+    assert events(tmp_path) == ["sandbox", "prompt_dropped", "run_started"]
+    assert read_rows(tmp_path / "resets" / METRICS) == []
 
 
 def test_a_run_that_stops_before_its_first_step_ends_well(
