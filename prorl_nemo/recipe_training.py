@@ -5,7 +5,7 @@ Part of `recipe`, which imports all of it; docs/recipes.md is made from both.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -170,6 +170,12 @@ class Stage(Section):
         description="Weights of tasks or domains in place of data.sources; those left out are not "
         "drawn.",
     )
+
+    @field_validator("cosine", mode="before")
+    @classmethod
+    def _section_or_off(cls, value: Any) -> Any:
+        # Of a union pydantic reports each option it has tried, under names of its own.
+        return value if value in (None, "off") else Cosine.model_validate(value)
 
     @field_validator("weights")
     @classmethod

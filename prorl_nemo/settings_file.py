@@ -26,6 +26,7 @@ _WORDS = {
     "model_type": "must be a mapping of keys, or left out for its defaults",
     "dict_type": "must be a mapping of keys",
     "list_type": "must be a list, each entry after a dash",
+    "tuple_type": "must be a list, each entry after a dash",
     "bool_type": "must be true or false",
     "int_type": "must be a whole number",
     "float_type": "must be a number",
@@ -122,14 +123,14 @@ def changed_keys(before: Any, now: Any, prefix: str = "") -> dict[str, list[Any]
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
-    if not separator or not key:
+    *parents, leaf = key.split(".")
+    if not separator or "" in (*parents, leaf):
         raise RecipeError(f"override {override!r}: write it as section.key=value")
     try:
         value = load_yaml(text)
     except YAMLError as error:
         raise RecipeError(f"override {override!r}: not valid YAML: {error}") from None
     node: Any = raw
-    *parents, leaf = key.split(".")
     for part in parents:
         if isinstance(node, dict) and node.get(part) is None:
             node[part] = {}
@@ -164,7 +165,7 @@ def _explain(schema: type[Section], error: Any) -> str:
         return f"{key}: {message}; {_suggestion(schema, location)}"
     if kind == "missing":
         return f"{key}: {message}"
-    message = re.sub(r"^\w+ should", "must", message)
+    message = re.sub(r"^\w+ should", "must", message).replace(" after validation", "")
     return f"{key}: {message} (found {_shown(error['input'])})" if key else message
 
 

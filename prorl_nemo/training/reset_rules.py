@@ -52,10 +52,10 @@ def load_trigger(name: str) -> Trigger:
     module, _, symbol = name.partition(":")
     try:
         trigger = getattr(importlib.import_module(module), symbol)()
-    except (ImportError, AttributeError, TypeError) as error:
+    except Exception as error:  # The module may raise anything.
         raise RecipeError(
-            f"{key}: {name} cannot be loaded ({error}); give module:Class of a class that needs no "
-            "arguments, with its folder on PYTHONPATH"
+            f"{key}: {name} cannot be loaded ({type(error).__name__}: {error}); give module:Class "
+            "of a class that needs no arguments, with its folder on PYTHONPATH"
         ) from None
     if not isinstance(getattr(trigger, "name", None), str) or not callable(
         getattr(trigger, "fires", None)

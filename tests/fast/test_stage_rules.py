@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -149,9 +150,20 @@ def test_settings_and_triggers_are_those_of_the_stage() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["no_such_module:Trigger", "json:NoSuchClass", "json:dumps", f"{__name__}:Nameless"]
+    "name",
+    [
+        "no_such_module:Trigger",
+        "json:NoSuchClass",
+        "json:dumps",
+        f"{__name__}:Nameless",
+        "half_written:Trigger",
+    ],
 )
-def test_a_trigger_that_cannot_be_used_is_refused_by_name(name: str) -> None:
+def test_a_trigger_that_cannot_be_used_is_refused_by_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "half_written.py").write_text("class Trigger(\n")
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(RecipeError, match=r"reference_reset\.triggers: "):
         load_trigger(name)
 
