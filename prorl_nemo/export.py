@@ -68,11 +68,7 @@ def export_step(
     try:
         checkpoints.verify(step)
     except DamagedCheckpoint as reason:
-        raise UserError(
-            f"{checkpoints.path(step)}: damaged ({reason}); export another step"
-        ) from None
-    finally:
-        checkpoints.close()
+        raise _damaged(checkpoints.path(step), reason) from None
     precision = recipe.policy.precision
     about = {
         "run": recipe.name,
@@ -131,17 +127,16 @@ def chosen_step(run_dir: Path, step: str | int | None) -> int:
         UserError: there is none of it; the message names those there are.
     """
     checkpoints = Checkpoints(run_dir / "checkpoints", 1)
-    try:
-        steps = checkpoints.steps()
-        if step == "best" and steps:
-            best = checkpoints.read_state(steps[-1])["resets"]["best_step"]
-            if best is None:
-                raise UserError(f"--step: {run_dir} has not been validated; there is no best step")
-            return _chosen(steps, int(best), run_dir)
-    finally:
-        checkpoints.close()
-    if step is None or step == "last":
+    steps = checkpoints.steps()
+    if not steps or step in (None, "last"):
         return _chosen(steps, None, run_dir)
+    if step == "best":
+        try:
+            step = checkpoints.read_state(steps[-1])["resets"]["best_step"]
+        except DamagedCheckpoint as reason:
+            raise _damaged(checkpoints.path(steps[-1]), reason) from None
+        if step is None:
+            raise UserError(f"--step: {run_dir} has not been validated; there is no best step")
     if not str(step).isdecimal():
         raise UserError(f"--step: {step!r} is no step; use last, best or a number")
     return _chosen(steps, int(step), run_dir)
@@ -184,6 +179,10 @@ def _chosen(steps: list[int], step: int | None, run_dir: Path) -> int:
             f"{', '.join(map(str, steps))}"
         )
     return steps[-1] if step is None else step
+
+
+def _damaged(checkpoint: Path, reason: DamagedCheckpoint) -> UserError:
+    return UserError(f"{checkpoint}: damaged ({reason}); choose another step with --step=NUMBER")
 
 
 def _write_weights(

@@ -134,8 +134,11 @@ class Checkpoints:
         return None, damaged
 
     def read_state(self, step: int) -> dict[str, Any]:
-        """The `state.json` of a checkpoint that was verified."""
-        state: dict[str, Any] = json.loads((self.path(step) / STATE).read_text())
+        """The `state.json` of a checkpoint. Raises DamagedCheckpoint."""
+        try:
+            state: dict[str, Any] = json.loads((self.path(step) / STATE).read_text())
+        except (OSError, ValueError) as error:
+            raise DamagedCheckpoint(f"{STATE}: cannot be read ({error})") from None
         return state
 
     # ---- writing --------------------------------------------------------------------------

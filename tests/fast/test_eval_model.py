@@ -61,8 +61,12 @@ def test_steps_of_a_run(tmp_path: Path) -> None:
         chosen_step(run_dir(tmp_path / "other", [1]), "best")
     with pytest.raises(UserError, match="no checkpoint of step 3"):
         chosen_step(run_dir(tmp_path / "gone", [1], best=3), "best")
-    with pytest.raises(UserError, match="no checkpoint yet"):
-        chosen_step(tmp_path, "last")
+    for step in ("last", "best"):
+        with pytest.raises(UserError, match="no checkpoint yet"):
+            chosen_step(tmp_path, step)
+    (run / "checkpoints" / "step_000020" / "state.json").write_text("{")
+    with pytest.raises(UserError, match=r"step_000020: damaged \(state\.json: cannot be read"):
+        chosen_step(run, "best")
 
 
 def test_a_recipe_stands_for_its_run(tmp_path: Path, model: Path) -> None:
