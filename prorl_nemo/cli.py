@@ -3,18 +3,48 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
+from typer.core import TyperGroup
 
 from prorl_nemo.errors import UserError
 
+if TYPE_CHECKING:
+    from prorl_nemo.recipe import Recipe
+
+# What a message quotes must not steer the terminal.
+_CONTROL = {code: f"\\x{code:02x}" for code in (*range(10), *range(11, 32), 127)}
+
+
+class _Commands(TyperGroup):
+    """A user's mistake is one message and its exit status; anything else keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            message, status = str(error), error.status
+        except ModuleNotFoundError as error:
+            if (error.name or "prorl_nemo").startswith("prorl_nemo"):
+                raise
+            status = 2
+            message = (
+                f"{error.name} is not installed: pip brought the command alone; what it computes "
+                "with is in requirements/ of the repository (make setup)"
+            )
+        # Not wrapped: a path that is cut in two cannot be copied.
+        Console(stderr=True).print(
+            Text.assemble(("error", "bold red"), " ", message.translate(_CONTROL)), soft_wrap=True
+        )
+        raise typer.Exit(status)
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="ProRL v2 on Megatron-Core and vLLM.",
     no_args_is_help=True,
     add_completion=False,
@@ -27,8 +57,6 @@ RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="section.key=value overrides.")
 ]
-
-
 _Evaluations = Annotated[
     list[Path] | None,
     typer.Option(help="Folder of prorl eval on this step; may be given again."),
@@ -36,33 +64,34 @@ _Evaluations = Annotated[
 _Licence = Annotated[
     str | None, typer.Option("--license", help="As the hub writes it; default: the base's.")
 ]
+_Step = Annotated[
+    str | None, typer.Option(help="Of a run: last (default), best, or a step's number.")
+]
+_Sandbox = Annotated[str, typer.Option(help="Where code runs: auto, bubblewrap, landlock or none.")]
+_AllowUnsafe = Annotated[bool, typer.Option("--allow-unsafe", help="Needed for --sandbox none.")]
 
 
 @app.command()
 def train(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Train, or resume where the run stopped."""
-    with _errors():
-        from prorl_nemo.recipe import load_recipe
+    settings = _recipe(recipe, overrides)
+    from prorl_nemo.training.run import train as run
 
-        settings = load_recipe(recipe, overrides or [])
-        from prorl_nemo.training.run import train as run
-
-        finished, report = run(settings)
-        state = "finished" if finished else "stopped and saved; the same command resumes"
-        print(f"{settings.name}: {state}\nreport: {report}")
+    finished, report = run(settings)
+    state = "finished" if finished else "stopped and saved; the same command resumes"
+    print(f"{settings.name}: {state}\nreport: {report}")
 
 
 @app.command()
 def pretrain(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Train a small model on worked problems by next-token prediction; resumes."""
-    with _errors():
-        from prorl_nemo.recipe_pretrain import load_pretraining
+    from prorl_nemo.recipe_pretrain import load_pretraining
 
-        settings = load_pretraining(recipe, overrides or [])
-        from prorl_nemo.pretraining.run import pretrain as run
+    settings = load_pretraining(recipe, overrides or [])
+    from prorl_nemo.pretraining.run import pretrain as run
 
-        folder = run(settings, Console())
-        print(f"model: {folder}" if folder else "stopped and saved; the same command resumes")
+    folder = run(settings, Console())
+    print(f"model: {folder}" if folder else "stopped and saved; the same command resumes")
 
 
 @app.command()
@@ -86,22 +115,21 @@ def study(
     ] = False,
 ) -> None:
     """Run every run of a study that has no result yet; ends with figures and tables."""
-    with _errors():
-        from prorl_nemo.study.plan import load_study
+    from prorl_nemo.study.plan import load_study
 
-        settings = load_study(plan, overrides or [])
-        if pages:
-            from prorl_nemo.study.pages import write_pages
+    settings = load_study(plan, overrides or [])
+    if pages:
+        from prorl_nemo.study.pages import write_pages
 
-            if not write_pages(settings):
-                raise UserError(f"--pages: {settings.results} holds no result of this study yet")
-        else:
-            from prorl_nemo.study.runner import run_study
+        if not write_pages(settings):
+            raise UserError(f"--pages: {settings.results} holds no result of this study yet")
+    else:
+        from prorl_nemo.study.runner import run_study
 
-            if not run_study(settings, only or [], Console(), seed or []):
-                print("stopped and saved; the same command goes on")
-                raise typer.Exit(3)
-        print(f"results: {settings.results} (README.md, study.html)")
+        if not run_study(settings, only or [], Console(), seed or []):
+            print("stopped and saved; the same command goes on")
+            raise typer.Exit(3)
+    print(f"results: {settings.results} (README.md, study.html)")
 
 
 @app.command()
@@ -117,31 +145,30 @@ def check(
     ] = False,
 ) -> None:
     """Prove on this machine that a set-up is numerically right."""
-    with _errors():
-        from prorl_nemo.recipe import load_recipe
+    settings = _recipe(recipe, overrides)
+    if cluster and (tiny or json_file):
+        raise UserError("--cluster: looks at the nodes alone; leave out --tiny and --json")
+    if json_file:
+        _check_writable("--json", json_file)  # Now, not after minutes of checks.
+    if cluster:
+        from prorl_nemo.training.session import check_nodes
 
-        settings = load_recipe(recipe, overrides or [])
-        if json_file:
-            _check_writable("--json", json_file)  # Now, not after minutes of checks.
-        if cluster:
-            from prorl_nemo.training.session import check_nodes
+        ok = check_nodes(settings, Console())
+    elif tiny:
+        import tempfile
 
-            ok = check_nodes(settings, Console())
-        elif tiny:
-            import tempfile
+        from prorl_nemo.shrink import shrink
+        from prorl_nemo.training.check import run_check
 
-            from prorl_nemo.shrink import shrink
-            from prorl_nemo.training.check import run_check
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            small, left_out = shrink(settings, Path(folder))
+            for line in left_out:
+                Console().print(line, markup=False, soft_wrap=True)
+            ok = run_check(small, json_file)
+    else:
+        from prorl_nemo.training.check import run_check
 
-            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-                small, left_out = shrink(settings, Path(folder))
-                for line in left_out:
-                    Console().print(line, markup=False, soft_wrap=True)
-                ok = run_check(small, json_file)
-        else:
-            from prorl_nemo.training.check import run_check
-
-            ok = run_check(settings, json_file)
+        ok = run_check(settings, json_file)
     raise typer.Exit(0 if ok else 1)
 
 
@@ -165,20 +192,17 @@ def plan(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the plan here.")] = None,
 ) -> None:
     """Memory and time of a recipe on N GPUs, and the layouts that fit. Needs no GPU."""
-    with _errors():
-        from prorl_nemo.recipe import load_recipe
+    settings = _recipe(recipe, overrides)
+    from prorl_nemo.planning.plan import Assumptions, make_plan
+    from prorl_nemo.planning.show import show
 
-        settings = load_recipe(recipe, overrides or [])
-        from prorl_nemo.planning.plan import Assumptions, make_plan
-        from prorl_nemo.planning.show import show
-
-        if json_file:
-            _check_writable("--json", json_file)
-        assumed = Assumptions(mean_response, keep_rate, mean_prompt)
-        made = make_plan(settings, gpus, gpu, assumed, model)
-        show(made, Console(), most)
-        if json_file:
-            json_file.write_text(json.dumps(made.as_json(), indent=1) + "\n", encoding="utf-8")
+    if json_file:
+        _check_writable("--json", json_file)
+    assumed = Assumptions(mean_response, keep_rate, mean_prompt)
+    made = make_plan(settings, gpus, gpu, assumed, model)
+    show(made, Console(), most)
+    if json_file:
+        json_file.write_text(json.dumps(made.as_json(), indent=1) + "\n", encoding="utf-8")
     raise typer.Exit(0 if made.chosen else 1)
 
 
@@ -188,24 +212,21 @@ def report(
     out: Annotated[Path | None, typer.Option(help="HTML file; default: RUN/report.html.")] = None,
 ) -> None:
     """One HTML page of a run, or of several side by side."""
-    with _errors():
-        from prorl_nemo.reporting import write_report
+    from prorl_nemo.reporting import write_report
 
-        target = out or runs[0] / "report.html"
-        try:
-            write_report(runs, target)
-        except OSError as error:
-            raise UserError(f"--out: {target} cannot be written ({error.strerror})") from None
-        print(f"report: {target}")
+    target = out or runs[0] / "report.html"
+    try:
+        write_report(runs, target)
+    except OSError as error:
+        raise UserError(f"--out: {target} cannot be written ({error.strerror})") from None
+    print(f"report: {target}")
 
 
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")],
     out: Annotated[Path, typer.Option(help="The model's folder: new or empty.")],
-    step: Annotated[
-        str | None, typer.Option(help="Of which checkpoint: last (default), best, or a step.")
-    ] = None,
+    step: _Step = None,
     evaluation: _Evaluations = None,
     licence: _Licence = None,
     self_check: Annotated[
@@ -213,19 +234,18 @@ def export(
     ] = False,
 ) -> None:
     """A step of a run as a Hugging Face model: weights, tokenizer, card, log, recipe."""
-    with _errors():
-        from prorl_nemo.export import chosen_step, export_step
-        from prorl_nemo.publishing.folder import add_evaluations, add_training, write_card
+    from prorl_nemo.export import chosen_step, export_step
+    from prorl_nemo.publishing.folder import add_evaluations, add_training, write_card
 
-        done = export_step(run, out, chosen_step(run, step) if step else None)
-        add_training(out, run)
-        add_evaluations(out, evaluation or [])
-        write_card(out, licence)
-        print(f"step {done} of {run}: {out}")
-        if self_check:
-            from prorl_nemo.publishing.self_check import check_export
+    done = export_step(run, out, chosen_step(run, step) if step else None)
+    add_training(out, run)
+    add_evaluations(out, evaluation or [])
+    write_card(out, licence)
+    print(f"step {done} of {run}: {out}")
+    if self_check:
+        from prorl_nemo.publishing.self_check import check_export
 
-            raise typer.Exit(0 if check_export(out, run, Console()) else 1)
+        raise typer.Exit(0 if check_export(out, run, Console()) else 1)
 
 
 @app.command()
@@ -234,9 +254,7 @@ def publish(
         Path, typer.Argument(metavar="DIR", help="What prorl export wrote, or a run directory.")
     ],
     repo: Annotated[str, typer.Option(help="ORG/NAME on the hub.")],
-    step: Annotated[
-        str | None, typer.Option(help="Of a run: last (default), best, or a step.")
-    ] = None,
+    step: _Step = None,
     tag: Annotated[str | None, typer.Option(help="Revision; default: step-NNNNNN.")] = None,
     public: Annotated[bool, typer.Option("--public", help="For everybody to see.")] = False,
     evaluation: _Evaluations = None,
@@ -246,14 +264,13 @@ def publish(
     ] = False,
 ) -> None:
     """Upload an exported model with its card to the hub: private, tagged with its step."""
-    with _errors():
-        from prorl_nemo.publishing.publish import prepare, send, show
+    from prorl_nemo.publishing.publish import prepare, send, show
 
-        ready = prepare(folder, repo, step, tag, evaluation or [], licence)
-        if dry_run:
-            show(ready, not public, Console())
-            return
-        print(f"published: {send(ready, private=not public)}")
+    ready = prepare(folder, repo, step, tag, evaluation or [], licence)
+    if dry_run:
+        show(ready, not public, Console())
+        return
+    print(f"published: {send(ready, private=not public)}")
 
 
 @app.command("eval")
@@ -266,9 +283,7 @@ def evaluate(
             "of an OpenAI-compatible server.",
         ),
     ] = None,
-    step: Annotated[
-        str | None, typer.Option(help="Of a run: last (default), best, or a step.")
-    ] = None,
+    step: _Step = None,
     protocol: Annotated[
         str | None, typer.Option(help="Name under eval/protocols, or a file; default: prorl.")
     ] = None,
@@ -324,12 +339,8 @@ def evaluate(
     workers: Annotated[
         int | None, typer.Option(min=1, max=1024, help="Graders; default: half of the cores.")
     ] = None,
-    sandbox: Annotated[
-        str, typer.Option(help="Where code runs: auto, bubblewrap, landlock or none.")
-    ] = "auto",
-    allow_unsafe: Annotated[
-        bool, typer.Option("--allow-unsafe", help="Needed for --sandbox none.")
-    ] = False,
+    sandbox: _Sandbox = "auto",
+    allow_unsafe: _AllowUnsafe = False,
     reported_as: Annotated[
         str | None, typer.Option(help="The model's name in eval/reported, if it is there.")
     ] = None,
@@ -348,74 +359,73 @@ def evaluate(
 ) -> None:
     """Measure a model on benchmarks, beside the reported numbers; resumes where it stopped."""
     console = Console()
-    with _errors():
-        _check_sandbox(sandbox, allow_unsafe)
-        if sum(chosen is not None for chosen in (model, regrade, compare)) != 1:
-            raise UserError("prorl eval: give a MODEL, or --regrade DIR, or --compare DIR DIR")
-        if precision not in ("bf16", "fp32", None):
-            raise UserError(f"--precision: {precision!r} is none; use bf16 or fp32")
-        from prorl_nemo.evaluation.suite import DEFINITIONS, Changes
-        from prorl_nemo.harness.outputs import show_comparison, show_results
+    _check_sandbox(sandbox, allow_unsafe)
+    if sum(chosen is not None for chosen in (model, regrade, compare)) != 1:
+        raise UserError("prorl eval: give a MODEL, or --regrade DIR, or --compare DIR DIR")
+    if precision not in ("bf16", "fp32", None):
+        raise UserError(f"--precision: {precision!r} is none; use bf16 or fp32")
+    from prorl_nemo.evaluation.suite import DEFINITIONS, Changes
+    from prorl_nemo.harness.outputs import show_comparison, show_results
 
-        where = definitions or DEFINITIONS
-        if compare is not None:
-            from prorl_nemo.harness import again
+    where = definitions or DEFINITIONS
+    if compare is not None:
+        from prorl_nemo.harness import again
 
-            show_comparison(*again.compare(*compare), console)
-            return
-        if regrade is not None:
-            from prorl_nemo.harness import again
+        show_comparison(*again.compare(*compare), console)
+        return
+    if regrade is not None:
+        from prorl_nemo.harness import again
 
-            results, changed = again.regrade(
-                regrade,
-                protocol=protocol,
-                definitions=where,
-                workers=workers,
-                sandbox=sandbox,
-                reported_as=reported_as,
-                beside=beside or [],
-            )
-            show_results(results, str(regrade), console)
-            console.print(f"{changed} verdicts changed")
-            return
-        assert model is not None
-        from prorl_nemo.harness.evaluate import Request
-        from prorl_nemo.harness.evaluate import evaluate as run
-        from prorl_nemo.harness.fleet_generator import EngineOptions
-
-        request = Request(
-            model=model,
-            protocol=protocol or "prorl",
-            benchmarks=[name.strip() for name in benchmarks.split(",") if name.strip()],
-            step=step,
-            data_dir=data_dir,
-            out=out,
-            changes=Changes(samples, limit, max_tokens, temperature, top_p),
-            seed=seed,
+        results, changed = again.regrade(
+            regrade,
+            protocol=protocol,
             definitions=where,
-            engines=EngineOptions(
-                engines,
-                precision,
-                batch_invariant,
-                max_sequences,
-                engine_threads,
-                kv_cache_mib,
-                gpu_memory_share,
-                tensor_parallel,
-            ),
-            served_model=served_model,
-            concurrency=concurrency,
             workers=workers,
             sandbox=sandbox,
             reported_as=reported_as,
             beside=beside or [],
         )
-        outcome = run(request, console)
-        if outcome.results is None:
-            print(f"{outcome.folder}: stopped; the same command goes on")
-            raise typer.Exit(3)
-        show_results(outcome.results, f"{model} under {request.protocol}", console)
-        print(f"results: {outcome.folder / 'results.html'}")
+        show_results(results, str(regrade), console)
+        console.print(f"{changed} verdicts changed")
+        return
+    assert model is not None
+    from prorl_nemo.harness.evaluate import Request
+    from prorl_nemo.harness.evaluate import evaluate as run
+    from prorl_nemo.harness.fleet_generator import EngineOptions
+
+    request = Request(
+        model=model,
+        protocol=protocol or "prorl",
+        benchmarks=[name.strip() for name in benchmarks.split(",") if name.strip()],
+        step=step,
+        data_dir=data_dir,
+        out=out,
+        changes=Changes(samples, limit, max_tokens, temperature, top_p),
+        seed=seed,
+        definitions=where,
+        engines=EngineOptions(
+            engines,
+            precision,
+            batch_invariant,
+            max_sequences,
+            engine_threads,
+            kv_cache_mib,
+            gpu_memory_share,
+            tensor_parallel,
+        ),
+        served_model=served_model,
+        concurrency=concurrency,
+        workers=workers,
+        sandbox=sandbox,
+        reported_as=reported_as,
+        beside=beside or [],
+    )
+    outcome = run(request, console)
+    if outcome.results is None:
+        print(f"{outcome.folder}: stopped; the same command goes on")
+        raise typer.Exit(3)
+    show_results(outcome.results, f"{model} under {request.protocol}", console)
+    print(f"results: {outcome.folder / 'results.html'}")
 
 
 @app.command()
@@ -432,19 +442,14 @@ def grade(
     workers: Annotated[
         int | None, typer.Option(min=1, max=1024, help="Graders; default: the machine's cores.")
     ] = None,
-    sandbox: Annotated[
-        str, typer.Option(help="Where code runs: auto, bubblewrap, landlock or none.")
-    ] = "auto",
-    allow_unsafe: Annotated[
-        bool, typer.Option("--allow-unsafe", help="Needed for --sandbox none.")
-    ] = False,
+    sandbox: _Sandbox = "auto",
+    allow_unsafe: _AllowUnsafe = False,
 ) -> None:
     """Grade a file of responses and say what the graders said."""
-    with _errors():
-        _check_sandbox(sandbox, allow_unsafe)
-        from prorl_nemo.rewards.grade_file import grade_file
+    _check_sandbox(sandbox, allow_unsafe)
+    from prorl_nemo.rewards.grade_file import grade_file
 
-        found = grade_file(file, workers=workers, training=not evaluation, out=out, sandbox=sandbox)
+    found = grade_file(file, workers=workers, training=not evaluation, out=out, sandbox=sandbox)
     console = Console()
     console.print(found.table())
     for number, problem in found.bad_lines[:20]:
@@ -457,43 +462,19 @@ def grade(
 @data_app.command("build")
 def data_build(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Build the prompts that the recipe's data.build describes; resumes where it stopped."""
-    with _errors():
-        from prorl_nemo.recipe import load_recipe
+    settings = _recipe(recipe, overrides)
+    from prorl_nemo.data.build import build
+    from prorl_nemo.data.build_summary import summary
 
-        settings = load_recipe(recipe, overrides or [])
-        from prorl_nemo.data.build import build
-        from prorl_nemo.data.build_summary import summary
-
-        console = Console()
-        manifest = build(settings, console)
-        console.print(summary(manifest))
+    console = Console()
+    manifest = build(settings, console)
+    console.print(summary(manifest))
 
 
-@contextmanager
-def _errors() -> Iterator[None]:
-    """A user's mistake is one message and its exit status; anything else keeps its traceback."""
-    try:
-        yield
-        return
-    except UserError as error:
-        message, status = str(error), error.status
-    except ModuleNotFoundError as error:
-        if (error.name or "prorl_nemo").startswith("prorl_nemo"):
-            raise
-        status = 2
-        message = (
-            f"{error.name} is not installed: pip brought the command alone; what it computes with "
-            "is in requirements/ of the repository (make setup)"
-        )
-    # Not wrapped: a path that is cut in two cannot be copied.
-    Console(stderr=True).print(
-        Text.assemble(("error", "bold red"), " ", message.translate(_CONTROL)), soft_wrap=True
-    )
-    raise typer.Exit(status)
+def _recipe(path: Path, overrides: list[str] | None) -> Recipe:
+    from prorl_nemo.recipe import load_recipe  # Here, as all that takes a second to import.
 
-
-# What a message quotes must not steer the terminal.
-_CONTROL = {code: f"\\x{code:02x}" for code in (*range(10), *range(11, 32), 127)}
+    return load_recipe(path, overrides or [])
 
 
 def _check_sandbox(sandbox: str, allow_unsafe: bool) -> None:

@@ -154,6 +154,12 @@ def test_a_place_for_the_output_is_looked_at_first(prorl: Run, recipe: Path) -> 
     refused(prorl("check", recipe, "--json", recipe / "x.json"), "--json: ", "cannot be written")
 
 
+def test_a_check_of_nodes_is_nothing_else(prorl: Run, recipe: Path, tmp_path: Path) -> None:
+    for option in (["--tiny"], ["--json", tmp_path / "lines.json"]):
+        refused(prorl("check", recipe, "--cluster", *option), "--cluster: ", "leave out --tiny")
+    assert not (tmp_path / "lines.json").exists()
+
+
 def test_report_of_nothing(prorl: Run, tmp_path: Path) -> None:
     refused(prorl("report", tmp_path / "absent"), "absent: not a run directory")
     row = '{"kind": "validation", "step": 0, "time": 1.0, "validation/mean": 0.5}\n'
