@@ -123,10 +123,14 @@ def _check_memory(recipe: Recipe, spec: ModelSpec) -> None:
 
 def _check_disk(recipe: Recipe, spec: ModelSpec) -> None:
     """A full disk would end the run at a checkpoint, hours from here."""
-    written = -(-recipe.total_steps // recipe.checkpoint.interval)
+    saving = recipe.checkpoint
+    often = saving.interval
+    if saving.keep_best:  # Each validation may be a new best, which is saved as well.
+        often = min(often, recipe.validation.interval)
+    written = -(-recipe.total_steps // often)
     # While one is written, those to keep are there still; the best may be one of its own.
-    kept = recipe.checkpoint.keep_last + recipe.checkpoint.keep_best
-    every = recipe.checkpoint.keep_every
+    kept = saving.keep_last + saving.keep_best
+    every = saving.keep_every
     most = min(written, kept + 1 + (recipe.total_steps // every if every else 0))
     there = len(list((recipe.run_dir / "checkpoints").glob("step_*")))
     needed = max(0, most - there) * checkpoint_bytes(recipe, spec)

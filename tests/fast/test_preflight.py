@@ -146,12 +146,15 @@ def test_too_little_memory(tmp_path: Path, model: Path, monkeypatch: pytest.Monk
 
 
 def test_too_little_disk(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """100 steps, the last 2 kept and the best. One checkpoint in 50: 2 are written; in 10: a fourth
-    beside those kept."""
+    """100 steps, the last 2 kept and the best. One checkpoint in 50: 2 are written; in 10, or with
+    every validation: a fourth beside those kept."""
     one = 1952 * 16
     free = SimpleNamespace(free=2 * one)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: free)
-    check_resources(recipe(tmp_path), model)
+    check_resources(recipe(tmp_path, validation={"interval": 50}), model)
+    check_resources(recipe(tmp_path, checkpoint={"keep_best": False}), model)
+    with pytest.raises(RecipeError, match="for 4 checkpoints"):  # A validation in 10 steps.
+        check_resources(recipe(tmp_path), model)
     often = recipe(tmp_path, checkpoint={"interval": 10})
     with pytest.raises(RecipeError, match=r"checkpoint\.keep_last: .* for 4 checkpoints"):
         check_resources(often, model)
