@@ -8,6 +8,7 @@ only tame text, because it can hang or take gigabytes on the rest.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import math
@@ -152,9 +153,14 @@ def _math_verify(gold: str, answer: str) -> bool:
 
 def _more_decimals(parsed: list[Any]) -> int:
     """What tiny values need beyond the usual: 6.6e-34 J and 1.6e-19 J would both round to 0."""
-    sizes = [abs(x.evalf(5)) for x in parsed if getattr(x, "is_number", False)]
-    tiny = [float(size) for size in sizes if size.is_Float and 0 < size < 1]
-    return max([0, *(-math.floor(math.log10(x)) - _TINY for x in tiny if x)])
+    noughts = [0]
+    for expression in parsed:
+        # What sympy cannot evaluate is left to the verifier, which catches its own failures.
+        with contextlib.suppress(Exception):
+            size = abs(expression.evalf(5))
+            if size.is_Float and 0 < size < 1:
+                noughts.append(-math.floor(math.log10(size)))
+    return max(0, max(noughts) - _TINY)
 
 
 @lru_cache(maxsize=8192)
