@@ -52,6 +52,9 @@ _SCALINGS = {
             # Transformer Engine's own defaults; Megatron's would look at the last step only.
             "fp8_amax_history_len": 1024,
             "fp8_amax_compute_algo": "max",
+            # Maxima are all-reduced after every row. Data-parallel ranks may have different numbers
+            # of rows, and would wait for each other; those that share a row's tokens have the same.
+            "tp_only_amax_red": True,
         },
     ),
     "blockwise": _Scaling(

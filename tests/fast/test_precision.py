@@ -106,6 +106,12 @@ def test_rows_divide_into_what_every_rank_and_product_wants() -> None:
     assert row_multiple(policy(fp8="mxfp8")) == 32
 
 
+def test_delayed_scales_are_agreed_on_by_ranks_with_the_same_rows_only() -> None:
+    """Maxima are reduced after every row. Data-parallel ranks may have different numbers of rows,
+    so by default, which has them in the group, the one with more would wait for ever."""
+    assert megatron_settings(policy(fp8="delayed"))["tp_only_amax_red"] is True
+
+
 def test_flex_attention_needs_a_gpu() -> None:
     check_attention(policy(), None)
     check_attention(policy(attention="flex"), HOPPER)
