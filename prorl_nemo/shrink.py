@@ -35,19 +35,23 @@ def shrink(recipe: Recipe, folder: Path) -> tuple[Recipe, list[str]]:
         ModelError: a model whose shape is not known (see `prorl plan --model`).
     """
     spec = model_shape(recipe.model)
+    # As the model's: even, one for all, or such that two ranks have to fill them up.
+    kv_heads = 2 if spec.groups % 2 == 0 else min(3, spec.groups)
     model = tiny_model(
         spec.family,  # type: ignore[arg-type]
         folder / "model",
         tied=spec.tied,
         layers=4,
-        kv_heads=2 if spec.groups % 2 == 0 else 1,
+        hidden_size=64 * kv_heads,
+        heads=2 * kv_heads,
+        kv_heads=kv_heads,
         max_positions=4096,
     )
     settings = recipe.model_dump(mode="json")
     left_out = _policy(settings["policy"])
     settings |= {"name": f"{recipe.name}-tiny", "runs_dir": str(folder / "runs")}
     settings |= {"model": str(model)}
-    _rollout(settings, _RESPONSE / recipe.longest_response)
+    _rollout(settings, _RESPONSE / recipe.longest_response, max(2, kv_heads))
     _data(settings, folder / "data")
     return parse_recipe(settings), left_out
 
@@ -70,8 +74,8 @@ def _policy(policy: dict[str, Any]) -> list[str]:
     return left_out
 
 
-def _rollout(settings: dict[str, Any], scale: float) -> None:
-    """`scale`: of response limits."""
+def _rollout(settings: dict[str, Any], scale: float, workers: int) -> None:
+    """`scale`: of response limits; `workers`: of an engine at most, which divide its heads."""
     rollout, algorithm = settings["rollout"], settings["algorithm"]
     algorithm["minibatches"] = min(2, algorithm["minibatches"])
     rollout |= {
@@ -79,7 +83,7 @@ def _rollout(settings: dict[str, Any], scale: float) -> None:
         "samples_per_prompt": _SAMPLES,
         "max_response_tokens": max(4, round(rollout["max_response_tokens"] * scale)),
         "engines": 1,
-        "tensor_parallel": min(2, rollout["tensor_parallel"]),
+        "tensor_parallel": min(workers, rollout["tensor_parallel"]),
         "engine_threads": 1,
         "kv_cache_mib": 64,
         "weight_transfer": "host",
@@ -91,7 +95,9 @@ def _rollout(settings: dict[str, Any], scale: float) -> None:
         if stage["samples_per_prompt"]:
             stage["samples_per_prompt"] = _SAMPLES
     if settings["shaping"]["overlong"]:
-        settings["shaping"]["overlong"]["buffer_tokens"] = _RESPONSE // 4
+        limits = [stage["max_response_tokens"] for stage in settings["stages"]]
+        shortest = min(limit or rollout["max_response_tokens"] for limit in limits)
+        settings["shaping"]["overlong"]["buffer_tokens"] = shortest // 4
     settings["validation"] |= {"prompts_per_task": 2, "samples": 1}
     settings["grading"]["workers"] = 1
     settings["checkpoint"] |= {"keep_last": 1, "background": False}

@@ -36,6 +36,32 @@ def test_an_engine_that_is_split_stays_split(tmp_path: Path) -> None:
     assert shrink(recipe, tmp_path)[0].rollout.tensor_parallel == 2
 
 
+def test_key_value_heads_that_do_not_divide_stay_so(tmp_path: Path) -> None:
+    """SmolLM2's three are split in two by filling them up: one head could not be split."""
+    recipe = load_recipe(ROOT / "recipes/quickstart.yaml", ["policy.tensor_parallel=2"])
+    check_layout(recipe.policy, model_shape(recipe.model))
+    small, _ = shrink(recipe, tmp_path)
+    spec = read_model_spec(Path(small.model))
+    check_layout(small.policy, spec)
+    assert small.policy.tensor_parallel == 2 and spec.groups == 3
+
+
+def test_stages_of_unlike_lengths_keep_their_overlong_penalty(tmp_path: Path) -> None:
+    raw = {
+        "name": "lengths",
+        "model": "tiny-arithmetic",
+        "data": {"sources": [{"task": "coin_flip"}]},
+        "shaping": {"cosine": None, "overlong": {"buffer_tokens": 400}},
+        "stages": [
+            {"steps": 1, "max_response_tokens": 512},
+            {"steps": 1, "max_response_tokens": 8192},
+        ],
+    }
+    small, _ = shrink(parse_recipe(raw), tmp_path)
+    assert [stage.max_response_tokens for stage in small.stages] == [4, 24]
+    assert small.shaping.overlong and small.shaping.overlong.buffer_tokens == 1
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_recipes_shrink(path: Path, tmp_path: Path) -> None:
     recipe = load_recipe(path)
