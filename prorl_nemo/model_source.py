@@ -78,7 +78,7 @@ def check_model_folder(folder: Path) -> None:
 def _check_weights(folder: Path) -> None:
     single = folder / "model.safetensors"
     index = folder / "model.safetensors.index.json"
-    if single.exists():
+    if single.exists() and not index.exists():
         if not _tensor_names(single):
             raise ModelError(f"{single}: holds no tensors; copy the file again")
         return
@@ -92,6 +92,11 @@ def _check_weights(folder: Path) -> None:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{index}: has no weight_map; copy the file again")
+    if single.exists() and set(weight_map.values()) != {single.name}:
+        raise ModelError(
+            f"{folder}: has both {single.name} and {index.name} of other files, and libraries "
+            "differ in which they read; remove the one that is not the model's"
+        )
     for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard:
             raise ModelError(f"{index}: names a shard outside its folder: {shard!r}")

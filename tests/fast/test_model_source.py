@@ -97,6 +97,18 @@ def test_shards_are_checked_against_the_index(folder: Path) -> None:
         check_model_folder(folder)
 
 
+def test_two_sets_of_weights_are_refused(folder: Path) -> None:
+    """transformers reads the single file, vLLM the shards: they may be of different models."""
+    single = (folder / "model.safetensors").read_bytes()
+    index = _shard(folder)
+    (folder / "model.safetensors").write_bytes(single)
+    with pytest.raises(ModelError, match=r"both model\.safetensors and .*index\.json"):
+        check_model_folder(folder)
+    names = load_file(folder / "model.safetensors")
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")}))
+    check_model_folder(folder)  # An index of the same file says the same.
+
+
 def test_a_truncated_gigabyte_is_found_at_once(folder: Path) -> None:
     header = json.dumps({"w": {"dtype": "F32", "shape": [1 << 28], "data_offsets": [0, 1 << 30]}})
     with (folder / "model.safetensors").open("wb") as file:
