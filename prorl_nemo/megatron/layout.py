@@ -176,21 +176,23 @@ def _rope_scaling(config: dict[str, Any], path: Path) -> RopeScaling | None:
 
 
 def _unmapped_rope_keys(config: dict[str, Any]) -> list[str]:
-    """Keys of the rope settings that would be ignored (YaRN's mscale, partial rotation, ...)."""
+    """Keys of the rope settings that would be ignored (YaRN's mscale, ...)."""
     rope, kind = _rope(config), _rope_kind(config)
     if not isinstance(kind, str) or kind not in _ROPE_KEYS:
         return []
     required, optional = _ROPE_KEYS[kind]
-    known = {"rope_theta", "rope_type", "type", "factor"} | required | optional
-    # Written by transformers for every model; 1 is the whole head.
-    known |= {"partial_rotary_factor"} if rope.get("partial_rotary_factor", 1) == 1 else set()
-    return sorted(set(rope) - known)
+    known = {"rope_theta", "rope_type", "type", "factor", "partial_rotary_factor"}
+    return sorted(set(rope) - known - required - optional)
 
 
 def _refuse_unmapped(config: dict[str, Any], path: Path) -> None:
     kind = _rope_kind(config)
     rope_keys = _unmapped_rope_keys(config)
+    # Written by transformers for every model; 1 is the whole head.
+    part = "partial_rotary_factor"
+    rotated = _rope(config).get(part) or config.get(part) or 1
     unmapped = {
+        f"{part} {rotated!r}": rotated != 1,
         f"rope_type {kind!r}": kind not in ("default", *_ROPE_KEYS),
         f"{', '.join(rope_keys)} of rope_type {kind!r}": bool(rope_keys),
         "sliding windows": bool(config.get("use_sliding_window")),

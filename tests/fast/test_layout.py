@@ -84,6 +84,8 @@ def test_against_transformers(tmp_path: Path, family: Family, tied: bool) -> Non
         ({"model_type": "llama", "mlp_bias": True}, "uses mlp_bias"),
         ({"quantization_config": {"bits": 4}}, "uses quantization_config"),
         ({"rope_scaling": {"type": "longrope", "factor": 4}}, "longrope"),
+        ({"partial_rotary_factor": 0.5}, "uses partial_rotary_factor 0.5"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "uses partial_rotary_factor 0.25"),
         ({"num_hidden_layers": None}, "num_hidden_layers"),
         ({"num_hidden_layers": 0}, "num_hidden_layers"),
         ({"num_attention_heads": 0}, "num_attention_heads"),

@@ -115,7 +115,7 @@ def test_older_configs(tmp_path: Path) -> None:
         ({"rope_type": "linear", "factor": -1}, "factor must be a positive number"),
         ({"rope_type": "yarn", "factor": 4.0}, "original_max_position_embeddings"),
         (QWEN_YARN | {"mscale": 1.0}, "mscale of rope_type 'yarn'"),
-        (QWEN_YARN | {"partial_rotary_factor": 0.5}, "partial_rotary_factor of rope_type 'yarn'"),
+        (QWEN_YARN | {"partial_rotary_factor": 0.5}, "uses partial_rotary_factor 0.5"),
         (LLAMA_31 | {"high_freq_factor": 1.0}, "must differ"),
         ({"rope_type": "longrope"}, "rope_type 'longrope'"),
         ({"rope_type": ["yarn"]}, "rope_type ['yarn']"),
