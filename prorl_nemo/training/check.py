@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import ray
 from rich.console import Console
 from rich.table import Table
 
+from prorl_nemo.cluster.placement import reserve
 from prorl_nemo.cluster.policy_group import PolicyGroup
 from prorl_nemo.model_source import resolve_model
-from prorl_nemo.recipe import Recipe
+from prorl_nemo.recipe import Policy, Recipe
 from prorl_nemo.records import Prompt
 from prorl_nemo.rewards.gold import gold_response, known_item
 from prorl_nemo.rewards.pool import GraderPool
@@ -29,6 +31,8 @@ from prorl_nemo.rollout.dynamic_sampler import DynamicSampler
 from prorl_nemo.rollout.group_collector import Sampling
 from prorl_nemo.training.batch import StepSettings, TrainingBatch
 from prorl_nemo.training.check_batch import (
+    GRADIENT_LIMIT,
+    MISMATCH_LIMIT,
     first_groups,
     made_up_batch,
     mean_difference,
@@ -36,16 +40,9 @@ from prorl_nemo.training.check_batch import (
     transformers_logprobs,
 )
 from prorl_nemo.training.preflight import check_resources
-from prorl_nemo.training.session import Session, open_session
+from prorl_nemo.training.session import Session, open_session, start_ray
 from prorl_nemo.training.stage_rules import recipe_stages
 
-# Mean |log-prob difference| in nats per token. bf16 has 8 bits of mantissa and two independent
-# implementations round differently in every layer; a wrong temperature, a stale head or a rope
-# fault gives 0.1 to 5. fp32 implementations agree to 1e-5 or better.
-MISMATCH_LIMIT = {"bf16": 0.03, "fp32": 1e-3}
-# Relative difference of the gradient norm between layouts. In bf16 another split rounds
-# activations elsewhere; in fp32 only the order of sums differs.
-GRADIENT_LIMIT = {"bf16": 0.02, "fp32": 1e-4}
 # Samples enough for a standard error of the mean mismatch well below its limit.
 _PROMPTS = 10
 _SAMPLES = 4
@@ -84,11 +81,8 @@ def run_check(recipe: Recipe, json_file: Path | None = None) -> bool:
     console = Console()
     started = time.monotonic()
     lines: list[Line] = []
-    with (
-        console.status("starting") as status,
-        open_session(recipe, folder, lambda e, d: None, status.update) as session,
-    ):
-        for line in _lines(session, status.update):
+    with console.status("starting") as status:
+        for line in _lines(recipe, folder, status.update):
             lines.append(line)
             console.print(
                 f"[{'green' if line.ok else 'red'}]{'ok' if line.ok else 'FAILED':>6}[/]"
@@ -102,7 +96,18 @@ def run_check(recipe: Recipe, json_file: Path | None = None) -> bool:
     return all(line.ok for line in lines)
 
 
-def _lines(session: Session, status: Callable[[str], None]) -> Iterator[Line]:
+def _lines(recipe: Recipe, folder: Path, status: Callable[[str], None]) -> Iterator[Line]:
+    with open_session(recipe, folder, lambda e, d: None, status) as session:
+        batch, norm = yield from _session_lines(session, status)
+    # Once the run's ranks and engines are gone: a GPU that holds them has no room for another rank.
+    status("gradient on one rank")
+    yield _gradient_line(recipe, folder, batch, norm)
+
+
+def _session_lines(
+    session: Session, status: Callable[[str], None]
+) -> Generator[Line, None, tuple[TrainingBatch, float]]:
+    """Returns a batch, and the gradient norm that the recipe's layout finds for it."""
     recipe = session.recipe
     status("graders")
     yield from _graders(session.graders, session.prompts.validation, recipe.grading.sandbox)
@@ -118,12 +123,11 @@ def _lines(session: Session, status: Callable[[str], None]) -> Iterator[Line]:
     yield _within(
         "trainer log-probs against transformers",
         mean_difference(some.old_logprobs, transformers_logprobs(session.folder, some)),
-        MISMATCH_LIMIT[recipe.policy.precision],
+        MISMATCH_LIMIT[_arithmetic(recipe.policy)],
         "mean |difference|, same tokens, transformers in fp32",
     )
     yield _engine_line("before an update", recipe, batch)
-    status("gradient in another layout")
-    yield _gradient_line(session, some)
+    norm = session.policy.gradient_norm(some, _settings(recipe))
     status("an update")
     records = session.policy.train(some, _settings(recipe, learning_rate=1e-5))
     yield _yes(
@@ -139,7 +143,8 @@ def _lines(session: Session, status: Callable[[str], None]) -> Iterator[Line]:
     after.old_logprobs, _ = session.policy.logprobs(after)
     yield _engine_line("after an update", recipe, after)
     status("reference")
-    yield from _reference_lines(session.policy, some)
+    yield from _reference_lines(session.policy, some, recipe.policy.fp8 == "delayed")
+    return some, norm
 
 
 def _graders(graders: GraderPool, prompts: Sequence[Prompt], sandbox: str) -> Iterator[Line]:
@@ -192,8 +197,8 @@ def _sample(session: Session) -> TrainingBatch:
 
 
 def _engine_line(when: str, recipe: Recipe, batch: TrainingBatch) -> Line:
-    precisions = {recipe.policy.precision, recipe.rollout.precision or recipe.policy.precision}
-    limit = max(MISMATCH_LIMIT[precision] for precision in precisions)
+    kinds = _arithmetic(recipe.policy), recipe.rollout.precision or recipe.policy.precision
+    limit = max(MISMATCH_LIMIT[kind] for kind in kinds)
     off = token_differences(batch.old_logprobs, batch.engine_logprobs)
     error = off.std() / np.sqrt(len(off))
     return _within(
@@ -205,24 +210,26 @@ def _engine_line(when: str, recipe: Recipe, batch: TrainingBatch) -> Line:
     )
 
 
-def _gradient_line(session: Session, batch: TrainingBatch) -> Line:
-    """Gradient norm of the recipe's layout against one rank, one row, nothing shared."""
-    recipe = session.recipe
-    settings = _settings(recipe)
-    here = session.policy.gradient_norm(batch, settings)
+def _gradient_line(recipe: Recipe, folder: Path, batch: TrainingBatch, here: float) -> Line:
+    """Gradient norm of the recipe's layout against one rank, one sequence at a time."""
     plain = recipe.model_copy(deep=True)
     plain.policy = recipe.policy.on_one_rank()
     plain.policy.shared_prompts = False
-    plain.policy.tokens_per_microbatch = 1 << 30
-    with _policy(plain, session.folder) as single:
+    plain.policy.tokens_per_microbatch = 1
+    plain.policy.fp8, plain.policy.attention = None, "sdpa"
+    # What the recipe spreads over its ranks is all on one: main weights, moments, activations.
+    plain.policy.recompute = "full"
+    plain.rollout.engines = plain.rollout.tensor_parallel = 1
+    plain.rollout.weight_transfer = "host"
+    with _policy(plain, folder) as single:
         # Its own log-probs as the old ones, as in training: the ratio is then exactly 1 in both.
         old, _ = single.logprobs(batch)
         own = replace(batch, old_logprobs=old, reference_logprobs=old)
-        there = single.gradient_norm(own, settings)
+        there = single.gradient_norm(own, _settings(recipe))
     return _within(
-        "gradient norm against one rank and one micro-batch",
+        "gradient norm against one rank, one sequence at a time",
         abs(here - there) / there,
-        GRADIENT_LIMIT[recipe.policy.precision],
+        GRADIENT_LIMIT[_arithmetic(recipe.policy)],
         f"relative difference of {here:.6g} and {there:.6g}",
     )
 
@@ -247,13 +254,19 @@ def _weight_lines(session: Session) -> Iterator[Line]:
         )
 
 
-def _reference_lines(policy: PolicyGroup, batch: TrainingBatch) -> Iterator[Line]:
-    """After an update the reference still gives the old log-probs; after a reset the new ones."""
+def _reference_lines(
+    policy: PolicyGroup, batch: TrainingBatch, delayed: bool = False
+) -> Iterator[Line]:
+    """After an update the reference still gives the old log-probs; after a reset the new ones.
+
+    Args:
+        delayed: the FP8 scales have moved on in the update, with the same weights.
+    """
     reference, _ = policy.logprobs(batch, "reference")
     yield _within(
         "reference unchanged by an update",
         mean_difference(reference, batch.old_logprobs),
-        0.0,
+        MISMATCH_LIMIT["fp8"] if delayed else 0.0,
         "mean |difference| to the log-probs before the update",
     )
     now, _ = policy.logprobs(batch)
@@ -277,13 +290,22 @@ def _settings(recipe: Recipe, learning_rate: float = 0.0) -> StepSettings:
     return StepSettings(learning_rate, algorithm.clip_low, algorithm.clip_high, minibatches=2)
 
 
+def _arithmetic(policy: Policy) -> str:
+    """What the layers' products are computed in."""
+    return "fp8" if policy.fp8 else policy.precision
+
+
 @contextmanager
 def _policy(recipe: Recipe, folder: Path) -> Iterator[PolicyGroup]:
-    group = PolicyGroup(recipe, folder)
-    try:
+    """The recipe's policy alone, in the places that a run would give it."""
+    with ExitStack() as stack:
+        if not ray.is_initialized():
+            start_ray()
+            stack.callback(ray.shutdown)
+        placement = stack.enter_context(reserve(recipe, folder))
+        group = PolicyGroup(recipe, folder, placement)
+        stack.callback(group.shutdown)
         yield group
-    finally:
-        group.shutdown()
 
 
 def _within(name: str, figure: float, limit: float, detail: str) -> Line:

@@ -1,4 +1,4 @@
-"""The batch that `prorl check` computes on, and the same figures from transformers."""
+"""The batch that `prorl check` computes on, the same figures from transformers, and the limits."""
 
 from __future__ import annotations
 
@@ -14,6 +14,14 @@ from prorl_nemo.algorithms.batch_advantages import BatchAdvantages
 from prorl_nemo.records import Group
 from prorl_nemo.training.batch import TrainingBatch
 from prorl_nemo.training.rollout_batch import training_batch
+
+# Mean |log-prob difference| in nats per token. bf16 has 8 bits of mantissa and two independent
+# implementations round differently in every layer; a wrong temperature, a stale head or a rope
+# fault gives 0.1 to 5. fp32 implementations agree to 1e-5 or better. FP8 has 4 bits of mantissa.
+MISMATCH_LIMIT = {"fp8": 0.15, "bf16": 0.03, "fp32": 1e-3}
+# Relative difference of the gradient norm between layouts. In bf16 another split rounds
+# activations elsewhere; in fp32 only the order of sums differs. FP8 is compared with bf16.
+GRADIENT_LIMIT = {"fp8": 0.1, "bf16": 0.02, "fp32": 1e-4}
 
 
 def made_up_batch(groups: Sequence[Group], temperature: float) -> TrainingBatch:
@@ -41,19 +49,22 @@ def first_groups(batch: TrainingBatch, groups: int) -> TrainingBatch:
 
 
 @torch.no_grad()
-def transformers_logprobs(folder: Path, batch: TrainingBatch) -> list[NDArray[np.float32]]:
+def transformers_logprobs(
+    folder: Path, batch: TrainingBatch, device: str = "cpu"
+) -> list[NDArray[np.float32]]:
     """Log-probs [length] of each sample by transformers in fp32, one sequence at a time."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.to(device).eval()
     found: list[NDArray[np.float32]] = []
     for prompt, samples in zip(batch.prompts, batch.groups, strict=True):
         for sample in samples:
-            response = torch.from_numpy(batch.responses[sample])
-            ids = torch.cat((torch.tensor(prompt), response))[None]
+            response = torch.from_numpy(batch.responses[sample]).to(device)
+            ids = torch.cat((torch.tensor(prompt, device=device), response))[None]
             logits = model(ids).logits[0, len(prompt) - 1 : -1] / batch.temperature
             picked = torch.log_softmax(logits, dim=-1).gather(1, response[:, None])
-            found.append(picked.squeeze(1).numpy())
+            found.append(picked.squeeze(1).cpu().numpy())
     return found
 
 

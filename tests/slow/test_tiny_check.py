@@ -61,7 +61,7 @@ def test_every_recipe(
     for source in load_recipe(FOLDER / name).data.sources:
         graded = f"({source.domain})" if source.domain else f"grader: {source.task} (logic)"
         assert any(graded in line for line in lines), (source, lines)
-    assert "gradient norm against one rank and one micro-batch" in lines
+    assert "gradient norm against one rank, one sequence at a time" in lines
     assert "engine log-probs against the trainer's, after an update" in lines
     if name == QWEN:
         assert "bf16, TP 2, SP" in done.output
