@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import statistics
 import time
 from collections import Counter
@@ -23,14 +24,14 @@ import ray
 from rich.console import Console
 
 from prorl_nemo.cluster.placement import reserve
-from prorl_nemo.cluster.policy_group import PolicyGroup
+from prorl_nemo.cluster.policy_group import PolicyError, PolicyGroup
 from prorl_nemo.data.chat import (
     ChatRenderer,
     PromptDropped,
     chat_messages,
     load_tokenizer,
 )
-from prorl_nemo.errors import UserError
+from prorl_nemo.errors import FaultError, UserError
 from prorl_nemo.export import write_model
 from prorl_nemo.model_source import check_model_folder
 from prorl_nemo.pretraining.first_model import write_first_model
@@ -42,7 +43,7 @@ from prorl_nemo.training.metrics import RunLog
 from prorl_nemo.training.run_dir import open_run_dir
 from prorl_nemo.training.run_state import Checkpoints
 from prorl_nemo.training.session import start_ray
-from prorl_nemo.training.stopping import StopWatch
+from prorl_nemo.training.stopping import OutOfTime, StopWatch, seconds_left
 
 UNSOLVED_IN = 256
 """Samples in which a hopeless problem's reference response is expected less than once."""
@@ -57,10 +58,12 @@ def pretrain(settings: Pretraining, console: Console) -> Path | None:
         the model's folder, or None if it was stopped (and saved).
 
     Raises:
-        UserError: anything about recipe, machine or run directory that has to be changed.
+        UserError: anything about recipe, machine or run directory that has to be changed; a run
+            that stopped without its last checkpoint.
+        FaultError: its ranks keep dying.
     """
-    run_dir = settings.run_dir
-    stop = StopWatch(settings.faults.stop_seconds)
+    run_dir, faults = settings.run_dir, settings.faults
+    stop = StopWatch(faults.stop_seconds, seconds_left(faults.wall_clock_hours, os.environ))
     with open_run_dir(settings), RunLog(run_dir) as log, stop.listening():
         checkpoints = Checkpoints(run_dir / "checkpoints", keep_last=1)
         try:
@@ -74,6 +77,11 @@ def pretrain(settings: Pretraining, console: Console) -> Path | None:
             run = _Run(settings, first, train, exam, log, checkpoints, console)
             if not run.to_the_end(stop):
                 return None
+        except OutOfTime:
+            raise UserError(
+                f"{stop.reason}: the last step could not be saved within faults.stop_seconds "
+                f"({faults.stop_seconds:g}); the same command resumes from the checkpoint before"
+            ) from None
         finally:
             checkpoints.close()
     model = run_dir / "model"
@@ -134,7 +142,7 @@ def batch_of(encoded: list[Encoded], loss_on: str) -> TrainingBatch:
 
 
 class _Run:
-    """The loop, from the newest checkpoint on."""
+    """The loop, over as many starts of the ranks as it takes."""
 
     def __init__(
         self,
@@ -153,7 +161,7 @@ class _Run:
         # In the order of the recipe's tasks, as `load_problems` gives them.
         self.counts = list(Counter(problem.task for problem in train).values())
         self.exam = self._usable(exam)
-        self.step = 0
+        self.step, self.save_seconds = 0, 0.0
 
     def _usable(self, problems: list[Problem]) -> list[tuple[Problem, Encoded]]:
         """Problems with their tokens; those that are too long are left out."""
@@ -168,11 +176,35 @@ class _Run:
         return usable
 
     def to_the_end(self, stop: StopWatch) -> bool:
+        """Whether all steps are done; False if it was asked to stop, and saved."""
+        restarts, reached = 0, -1
+        while True:
+            try:
+                return self._once(stop)
+            except PolicyError as fault:
+                if reason := stop.should_stop(0.0):
+                    raise UserError(
+                        f"{reason}: {fault}, before the last step was saved; the same command "
+                        "resumes from the last checkpoint"
+                    ) from fault
+                restarts = 1 if self.step > reached else restarts + 1
+                reached = max(reached, self.step)
+                if restarts > self.settings.faults.max_restarts:
+                    raise FaultError(
+                        f"faults.max_restarts: {fault}; {restarts - 1} restarts have not brought "
+                        f"the run past step {reached}. The same command resumes from the last "
+                        "checkpoint"
+                    ) from fault
+                self.console.print(f"step {self.step}: {fault}; starting again")
+
+    def _once(self, stop: StopWatch) -> bool:
+        """From the newest checkpoint on."""
         settings = self.settings
         newest, damaged = self.checkpoints.newest_whole()
         for step, damage in damaged.items():
             self.console.print(f"checkpoint of step {step} is damaged and not used: {damage}")
         self.log.truncate_after(newest or -1)
+        self.step = newest or 0
         if newest == settings.steps:
             return True
         with ExitStack() as stack:
@@ -186,13 +218,12 @@ class _Run:
             stack.callback(policy.shutdown)
             if newest is not None:
                 policy.load(self.checkpoints.path(newest) / "policy")
-                self.step = newest
             while self.step < settings.steps:
                 self._step(policy)
                 last = self.step == settings.steps
                 if last or self.step % settings.exam.interval == 0:
                     self._examine(policy)
-                reason = stop.should_stop(0.0)
+                reason = stop.should_stop(self.save_seconds)
                 if last or reason or self.step % settings.checkpoint.interval == 0:
                     self._save(policy)
                 if reason and not last:
@@ -247,8 +278,10 @@ class _Run:
         )
 
     def _save(self, policy: PolicyGroup) -> None:
+        started = time.monotonic()
         self.checkpoints.begin(self.step, {"step": self.step}, policy.begin_save)
         outcome = self.checkpoints.wait()
+        self.save_seconds = time.monotonic() - started
         if outcome is not None and outcome.error is not None:
             raise UserError(f"checkpoint: {outcome.path} could not be written ({outcome.error})")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,22 +14,26 @@ import numpy as np
 import pytest
 import reasoning_gym
 import torch
+from rich.console import Console
 
+from prorl_nemo.cluster.policy_group import PolicyError
 from prorl_nemo.data.chat import (
     FORMAT_INSTRUCTION,
     ChatRenderer,
     PromptDropped,
     chat_messages,
 )
-from prorl_nemo.errors import RecipeError
+from prorl_nemo.errors import FaultError, RecipeError, UserError
 from prorl_nemo.megatron.packing import build_row
 from prorl_nemo.megatron.row_loss import supervised_row_loss
 from prorl_nemo.model_source import check_model_folder
+from prorl_nemo.pretraining import run
 from prorl_nemo.pretraining.first_model import make_tokenizer, write_first_model
 from prorl_nemo.pretraining.problems import Problem, load_problems, step_of
 from prorl_nemo.pretraining.run import Encoder, batch_of, exam_row
 from prorl_nemo.pretraining.working import working
 from prorl_nemo.recipe_pretrain import Pretraining, load_pretraining
+from prorl_nemo.training.stopping import StopWatch
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "study" / "pretrain.yaml"
 
@@ -276,6 +281,65 @@ def test_exam_by_hand() -> None:
     assert row["exam/by_task"] == {"a": 0.375, "b": 1 / 257}
     assert row["exam/hopeless_by_task"] == {"a": 0.0, "b": 1.0}
     assert math.isclose(float(np.mean([0.5, 0.25])), row["exam/by_task"]["a"])
+
+
+# ---- stops and faults
+
+
+@pytest.mark.parametrize(
+    ("hours", "end", "left"), [(2.0, "", 7200), (None, "4000000000", 4e9), (None, "", None)]
+)
+def test_it_ends_in_time(
+    hours: float | None,
+    end: str,
+    left: float | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By the recipe's hours, or by the end of the Slurm job."""
+
+    class Watch:
+        def __init__(self, stop_seconds: float, seconds_left: float | None = None) -> None:
+            assert stop_seconds == 7.0
+            assert (seconds_left is None) == (left is None)
+            if seconds_left is not None and left is not None:
+                now = time.time() if end else 0.0
+                assert seconds_left == pytest.approx(left - now, abs=60)
+            raise InterruptedError
+
+    monkeypatch.setattr(run, "StopWatch", Watch)
+    monkeypatch.setenv("SLURM_JOB_END_TIME", end)
+    faults = {"wall_clock_hours": hours, "stop_seconds": 7.0}
+    with pytest.raises(InterruptedError):
+        run.pretrain(settings(runs_dir=str(tmp_path), faults=faults), Console())
+
+
+class Faulty(run._Run):
+    """Its ranks die at each of `steps`, in turn."""
+
+    def __init__(self, steps: list[int], max_restarts: int) -> None:
+        self.settings = settings(faults={"max_restarts": max_restarts})
+        self.console, self.steps, self.starts = Console(quiet=True), iter(steps), 0
+
+    def _once(self, stop: StopWatch) -> bool:
+        self.starts += 1
+        step = next(self.steps, None)
+        if step is None:
+            return True
+        self.step = step
+        raise PolicyError("a trainer rank died")
+
+
+def test_ranks_that_die_are_started_again() -> None:
+    faulty = Faulty([3, 3, 5, 5], max_restarts=2)
+    assert faulty.to_the_end(StopWatch(1.0)) and faulty.starts == 5
+    # As often as the recipe says, without a new step between.
+    with pytest.raises(FaultError, match=r"2 restarts have not brought the run past step 5"):
+        Faulty([3, 5, 4, 5], max_restarts=2).to_the_end(StopWatch(1.0))
+    stopping = StopWatch(1.0)
+    stopping.reason = "SIGTERM"
+    with pytest.raises(UserError, match=r"SIGTERM: a trainer rank died, before the last step"):
+        Faulty([3], max_restarts=2).to_the_end(stopping)
 
 
 # ---- the recipe
