@@ -130,10 +130,9 @@ def load_reference(
         ModelError: the checkpoint is of another model.
     """
     check_model(folder, spec)
-    policy = _policy(chunks)
-    names = list(_named_parameters(chunks))
+    described, names = _by_name(_policy(chunks)), list(_named_parameters(chunks))
     wanted = {
-        name: _with_data(policy[int(name.partition(".")[0])][name.partition(".")[2]], tensor)
+        name: replace(described[name], data=tensor.clone())
         for name, tensor in zip(names, reference, strict=True)
     }
     loaded = dist_checkpointing.load({"model": wanted}, str(folder))["model"]
@@ -142,8 +141,14 @@ def load_reference(
             tensor.copy_(loaded[name])
 
 
-def _with_data(description: Any, tensor: Tensor) -> Any:
-    return replace(description, data=tensor.detach().clone())
+def _by_name(policy: list[dict[str, Any]]) -> dict[str, Any]:
+    """The descriptions of `_policy` under the names of `_named_parameters`."""
+    return {
+        f"{number}.{name}": part
+        for number, chunk in enumerate(policy)
+        for name, part in chunk.items()
+        if isinstance(part, ShardedTensor | ShardedTensorFactory)
+    }
 
 
 def _copied(state: Any) -> Any:
@@ -205,12 +210,7 @@ def _state(
 ) -> dict[str, Any]:
     parameters = _named_parameters(chunks)
     policy = _policy(chunks)
-    described = {
-        f"{number}.{name}": part
-        for number, chunk in enumerate(policy)
-        for name, part in chunk.items()
-        if isinstance(part, ShardedTensor | ShardedTensorFactory)
-    }
+    described = _by_name(policy)
     missing = set(parameters) - set(described)
     if missing:
         raise RuntimeError(f"Megatron gives no sharded state for {sorted(missing)}")

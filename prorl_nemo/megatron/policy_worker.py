@@ -370,13 +370,8 @@ class PolicyWorker:
         """Wait for what `begin_save` started. Not collective, and from any thread."""
         self._writing.result()
 
-    def save(self, folder: Path) -> None:
-        """Write policy, optimizer and reference as a sharded checkpoint into `folder`."""
-        self.begin_save(folder)
-        self.finish_save()
-
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote, in this or another layout."""
+        """Read what `begin_save` wrote, in this or another layout."""
         trusted = _trusted_scales() if self.policy.fp8 == "delayed" else contextlib.nullcontext()
         with trusted:
             checkpoint.load(folder, self.spec, self.chunks, self.optimizer, self.reference)
