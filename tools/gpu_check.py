@@ -28,11 +28,14 @@ from prorl_nemo.errors import UserError
 from prorl_nemo.megatron.precision import check_fp8, transformer_engine_installed
 from prorl_nemo.recipe import Policy, Recipe, parse_recipe
 from prorl_nemo.training.batch import StepSettings, TrainingBatch
+from prorl_nemo.training.check_batch import (
+    GRADIENT_LIMIT,
+    MISMATCH_LIMIT,
+    mean_difference,
+    transformers_logprobs,
+)
+from prorl_nemo.training.step_metrics import model_flops, peak_flops
 
-# Dense bf16 products, FLOP/s, from NVIDIA's data sheets.
-PEAK = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
-# Mean |difference| in nats, as `prorl check` allows for bf16; FP8 adds 2 ** -4 relative rounding.
-BF16_LIMIT, FP8_LIMIT = 0.03, 0.15
 SCALINGS = ("delayed", "blockwise", "mxfp8")
 
 
@@ -129,27 +132,15 @@ def _serve(connection: Any, name: str, check: Check, sizes: Sizes) -> None:
 
 def parity(sizes: Sizes) -> Iterator[Line]:
     """Log-probs of the trainer in bf16 against transformers in fp32, plain and packed rows."""
-    from transformers import AutoModelForCausalLM
-
     with tempfile.TemporaryDirectory() as folder:
         model = _random_model(sizes, Path(folder), layers=min(4, sizes.layers))
         batch = _batch(sizes, prompts=4, samples=3)
-        exact = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(_device())
-        wanted = []
-        for prompt, group in zip(batch.prompts, batch.groups, strict=True):
-            for sample in group:
-                response = torch.from_numpy(batch.responses[sample]).to(_device())
-                ids = torch.cat((torch.tensor(prompt, device=_device()), response))[None]
-                with torch.no_grad():
-                    table = exact(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-                wanted.append(table.gather(1, response[:, None]).squeeze(1).cpu().numpy())
-        worker = _worker(model, sizes)
-        found = worker.logprobs(batch)
-        difference = np.concatenate([np.abs(found[i][0] - w) for i, w in enumerate(wanted)]).mean()
-        yield Line(
+        wanted = transformers_logprobs(model, batch, _device())
+        yield _difference(
             "log-probs, bf16 against transformers fp32, mean |difference|",
-            f"{difference:.4f} nats (limit {BF16_LIMIT})",
-            bool(difference <= BF16_LIMIT),
+            _logprobs(_worker(model, sizes), batch),
+            wanted,
+            MISMATCH_LIMIT["bf16"],
         )
 
 
@@ -162,12 +153,7 @@ def packing(sizes: Sizes) -> Iterator[Line]:
         packed = worker.gradient_norm(batch, _settings())
         worker.policy.shared_prompts, worker.policy.tokens_per_microbatch = False, 1
         alone = worker.gradient_norm(batch, _settings())
-        difference = abs(packed - alone) / alone
-        yield Line(
-            "gradient norm, packed with shared prompts against one by one",
-            f"{difference:.2%} (limit 2 %)",
-            difference <= 0.02,
-        )
+        yield _gradients("packed with shared prompts against one by one", packed, alone)
 
 
 def flex(sizes: Sizes) -> Iterator[Line]:
@@ -190,11 +176,9 @@ def flex(sizes: Sizes) -> Iterator[Line]:
             norms[name] = worker.gradient_norm(batch, _settings())
             _synchronize()
             seconds[name] = time.perf_counter() - started
-        difference = abs(norms["flex"] - norms["sdpa"]) / norms["sdpa"]
+        yield _gradients("FlexAttention against SDPA", norms["flex"], norms["sdpa"])
         yield Line(
-            "gradient norm, FlexAttention against SDPA",
-            f"{difference:.2%} (limit 2 %), time {seconds['flex'] / seconds['sdpa']:.2f} x",
-            difference <= 0.02,
+            "FlexAttention: time of SDPA's", f"{seconds['flex'] / seconds['sdpa']:.2f} x", None
         )
 
 
@@ -260,22 +244,39 @@ def fp8(sizes: Sizes, scaling: str) -> Iterator[Line]:
         batch = _batch(sizes, prompts=2, samples=4)
         for _ in range(3):  # Delayed scaling learns the range of each tensor, in training only.
             worker.gradient_norm(batch, _settings())
-        found = worker.logprobs(batch)
-        for chunk in worker.chunks:
-            chunk.config.fp8 = None
-        exact = worker.logprobs(batch)
-        for chunk in worker.chunks:
-            chunk.config.fp8 = "hybrid" if scaling == "delayed" else "e4m3"
-        difference = np.concatenate([np.abs(found[i][0] - exact[i][0]) for i in exact]).mean()
-        yield Line(
+        found = _logprobs(worker, batch)
+        # All chunks of a worker share one config.
+        setting, worker.config.fp8 = worker.config.fp8, None
+        exact = _logprobs(worker, batch)
+        worker.config.fp8 = setting
+        yield _difference(
             f"{name}: log-probs against bf16, mean |difference|",
-            f"{difference:.4f} nats (limit {FP8_LIMIT})",
-            bool(difference <= FP8_LIMIT),
+            found,
+            exact,
+            MISMATCH_LIMIT["fp8"],
         )
         yield from _speed(worker, sizes, name)
 
 
 # ---- parts --------------------------------------------------------------------------------
+
+
+def _logprobs(worker: Any, batch: TrainingBatch) -> list[Any]:
+    found = worker.logprobs(batch)
+    return [found[sample][0] for sample in range(len(batch.responses))]
+
+
+def _difference(name: str, found: list[Any], wanted: list[Any], limit: float) -> Line:
+    difference = mean_difference(found, wanted)
+    return Line(name, f"{difference:.4f} nats (limit {limit})", difference <= limit)
+
+
+def _gradients(what: str, found: float, wanted: float) -> Line:
+    """Two norms of one gradient in bf16."""
+    difference, limit = abs(found - wanted) / wanted, GRADIENT_LIMIT["bf16"]
+    return Line(
+        f"gradient norm, {what}", f"{difference:.2%} (limit {limit:.0%})", difference <= limit
+    )
 
 
 def _speed(worker: Any, sizes: Sizes, name: str) -> Iterator[Line]:
@@ -287,17 +288,15 @@ def _speed(worker: Any, sizes: Sizes, name: str) -> Iterator[Line]:
     norm = worker.gradient_norm(batch, _settings())
     _synchronize()
     seconds = time.perf_counter() - started
-    flops = 6 * worker.spec.parameters * tokens / seconds
     yield Line(
         f"updates, {name}: tokens per second",
-        f"{tokens / seconds:,.0f}, {_share_of_peak(flops)}",
+        f"{tokens / seconds:,.0f}, {_share_of_peak(model_flops(worker.spec, batch) / seconds)}",
         math.isfinite(norm),
     )
 
 
 def _share_of_peak(flops: float) -> str:
-    name = torch.cuda.get_device_name() if _device() == "cuda" else ""
-    peak = next((peak for part, peak in PEAK.items() if part in name), None)
+    peak = peak_flops(torch.cuda.get_device_name()) if _device() == "cuda" else None
     share = f", {flops / peak:.0%} of its bf16 peak" if peak else ""
     return f"{flops / 1e12:,.1f} TFLOP/s{share}"
 
