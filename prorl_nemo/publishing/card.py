@@ -198,8 +198,8 @@ def _training(run: Run | None) -> str:
     parts = ["## Training", "\n".join(lines), _stage_table(run)]
     resets = [event for event in run.events if event.get("event") == "reference_reset"]
     if resets:
-        told = ", ".join(f"{event['step']} ({_text(event.get('trigger'))})" for event in resets)
-        parts.append(f"Reference resets after step {told}.")
+        when = ", ".join(f"{event['step']} ({_text(event.get('trigger'))})" for event in resets)
+        parts.append(f"Reference resets after step {when}.")
     else:
         parts.append("No reference reset.")
     if held:

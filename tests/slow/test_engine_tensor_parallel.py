@@ -66,7 +66,6 @@ def started(
                 settings(folder, tensor_parallel=2),
                 1,
                 on_event=lambda _, details: events.append(details),
-                hang_seconds=HANG_SECONDS,
                 max_restarts=RESTARTS[family],
             )
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -145,18 +144,6 @@ def test_two_workers_compute_and_hold_what_was_sent(
     ray.kill(sender)
 
 
-def spoil(actor: Any, names: list[str]) -> None:
-    """Other numbers in the second worker of an engine."""
-
-    def add(worker: Any) -> None:
-        for name in names:
-            if worker.rank == 1:
-                worker.get_model().get_parameter(name).data[-1] += 1
-
-    engine = actor._engine.result()
-    engine._call(lambda: engine._llm.collective_rpc(add))
-
-
 def test_pieces_are_joined_by_each_worker_and_copies_must_be_equal(
     started: Callable[[Family], Started],
 ) -> None:
@@ -177,8 +164,19 @@ def test_pieces_are_joined_by_each_worker_and_copies_must_be_equal(
     expected = weight_checksums(model.state_dict().items(), torch.float32)
     fleet.verify_weights(expected)
     spoilt = ["model.norm.weight", "model.layers.0.self_attn.qkv_proj.bias"]
+
+    # In here, so that it travels whole: the engine's process cannot import this module.
+    def spoil(actor: Any) -> None:
+        def add(worker: Any) -> None:
+            for name in spoilt:
+                if worker.rank == 1:
+                    worker.get_model().get_parameter(name).data[-1] += 1
+
+        engine = actor._engine.result()
+        engine._call(lambda: engine._llm.collective_rpc(add))
+
     (member,) = fleet._members
-    ray.get(member.actor.__ray_call__.remote(spoil, spoilt))
+    ray.get(member.actor.__ray_call__.remote(spoil))
     (found,) = fleet.weights_checksum()
     wrong = {name for name in expected if found[name] != expected[name]}
     assert wrong == {"model.norm.weight", "model.layers.0.self_attn.v_proj.bias"}
@@ -210,6 +208,7 @@ def test_lost_and_hung_workers_lose_no_sample_and_leave_nobody(
     started: Callable[[Family], Started],
 ) -> None:
     fleet, model, events = started("llama")
+    fleet._hang_seconds = HANG_SECONDS
     seen: list[psutil.Process] = []
 
     def processes() -> list[psutil.Process]:
