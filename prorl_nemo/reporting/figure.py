@@ -133,12 +133,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _spread(heights: Sequence[float]) -> list[float]:
-    """Heights of labels, moved down where they would overlap, their order kept."""
+    """Heights of labels, moved down where they would overlap, and up again from below the plot;
+    their order kept."""
     placed = [0.0] * len(heights)
+    order = sorted(range(len(heights)), key=heights.__getitem__)
     free = -math.inf
-    for i in sorted(range(len(heights)), key=heights.__getitem__):
+    for i in order:
         placed[i] = max(heights[i], free)
         free = placed[i] + LABEL_HEIGHT
+    lowest: float = BOTTOM
+    for i in reversed(order):
+        placed[i] = min(placed[i], lowest)
+        lowest = placed[i] - LABEL_HEIGHT
     return placed
 
 

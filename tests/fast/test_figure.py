@@ -74,6 +74,8 @@ def test_curve_and_band_by_hand() -> None:
 def test_labels_do_not_overlap_and_keep_their_order() -> None:
     assert _spread([100, 10, 12]) == [100, 10, 10 + LABEL_HEIGHT]
     assert _spread([]) == []
+    # Curves that end at the bottom: below it are the steps, and then the figure's edge.
+    assert _spread([BOTTOM, BOTTOM - 1]) == [BOTTOM, BOTTOM - LABEL_HEIGHT]
 
 
 def test_several_runs_make_one_figure(tmp_path: Path) -> None:
