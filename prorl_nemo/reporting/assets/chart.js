@@ -71,7 +71,7 @@ class Chart {
     const curves = svg("g", { "clip-path": `url(#${clip})` },
       ...(this.layers ? this.areas() : this.current.toReversed().flatMap((line) => this.curve(line))));
     this.cross = svg("g", { class: "cross" });
-    const root = svg("svg", { width, height: this.size, role: "img", "aria-label": this.panel.title },
+    const root = svg("svg", { width, height: this.size, viewBox: `0 0 ${width} ${this.size}`, role: "img", "aria-label": this.panel.title },
       svg("defs", {}, svg("clipPath", { id: clip }, svg("rect", {
         x: left - 4, y: top - 4, width: Math.max(right - left + 8, 0), height: bottom - top + 8 }))),
       this.background(), this.axes(), curves, this.marks(), this.cross);

@@ -102,7 +102,7 @@ const page = {
 
 function drawNow(chart) {
   chart.draw();
-  chart.stale = false;
+  chart.stale = !chart.plot.clientWidth; // in a part that is folded away
 }
 
 // Panels out of sight are drawn when they come into view: thirty of them cost seconds on a phone.
@@ -114,6 +114,7 @@ const sight = new IntersectionObserver((entries) => {
     if (chart.seen && chart.stale) drawNow(chart);
   }
 }, { rootMargin: "300px" });
+window.addEventListener("beforeprint", () => page.charts.filter((chart) => chart.stale).forEach(drawNow));
 const size = new ResizeObserver(() => page.redraw());
 
 function addChart(panel) {
