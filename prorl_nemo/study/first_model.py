@@ -23,7 +23,7 @@ from prorl_nemo.training.metrics import METRICS, replace_file
 from prorl_nemo.training.run_dir import RESUMABLE
 
 # Where and how it was made, and how often it was examined: the model is the same.
-_NO_MATTER = ("name", "runs_dir", "exam", "checkpoint", "faults", *RESUMABLE)
+_NO_MATTER = ("name", "exam", "checkpoint", "faults", *RESUMABLE)
 _MARK = "first_model.json"
 
 

@@ -26,7 +26,7 @@ _KEYS = {
     *("tasks", "validation", "train", "events", "probe", "rows_lost"),
 }
 # Of the model its sum counts, wherever it lies.
-_NO_MATTER = {*RESUMABLE, "model", "runs_dir"}
+_NO_MATTER = {*RESUMABLE, "model"}
 
 
 def read_results(study: Study, model_sha256: str | None) -> dict[str, Runs]:
