@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
+from typing import Any
 
 from prorl_nemo.study.analysis import (
     around,
@@ -38,12 +39,16 @@ def ablation_blocks(study: Study, found: Mapping[str, Runs]) -> list[Block]:
         return []
     forest, panels, verdicts = [], [], []
     rows = [_row(MAIN, "All of it", main, {}, step)]
-    base = [(at, value.mean) for at, value in curve(list(main.values()), SCORE, last=step)]
     for variant in variants:
         runs = reached[variant.name]
         rows.append(_row(variant.name, variant.question, runs, main, step))
-        points = [(at, value.mean) for at, value in curve(list(runs.values()), SCORE, last=step)]
-        panels.append(Panel(variant.name, [Curve(base, 0), Curve(points, 1)]))
+        # Of the seeds that both have, as their difference: seeds differ by more than variants.
+        shared = runs.keys() & main.keys()
+        pair = [
+            [result for seed, result in of.items() if seed in shared or not shared]
+            for of in (main, runs)
+        ]
+        panels.append(Panel(variant.name, [_mean(of, step, i) for i, of in enumerate(pair)]))
         apart = difference(_at(runs, step, SCORE), _at(main, step, SCORE))
         if apart:
             forest.append((variant.name, apart))
@@ -62,7 +67,7 @@ def ablation_blocks(study: Study, found: Mapping[str, Runs]) -> list[Block]:
         if forest
         else []
     )
-    beside = "Mean score on trained tasks: main run (blue), variant (orange)"
+    beside = "Mean score on trained tasks, same seeds: main run (blue), variant (orange)"
     head = ["variant", "question", "seeds"]
     k = next(iter(main.values()))["recipe"]["validation"]["samples"]
     for name in ("mean", f"pass@{k}", "unseen, mean", "tokens"):
@@ -78,6 +83,11 @@ def ablation_blocks(study: Study, found: Mapping[str, Runs]) -> list[Block]:
         Figure("variants", draw_panels(panels, beside), beside),
         Table(head, rows),
     ]
+
+
+def _mean(results: list[Any], step: int, colour: int) -> Curve:
+    points = [(at, value.mean) for at, value in curve(results, SCORE, last=step)]
+    return Curve(points, colour)
 
 
 def _row(name: str, question: str, runs: Runs, main: Runs, step: int) -> list[str]:

@@ -149,6 +149,18 @@ def test_bands_are_the_intervals_of_the_tables(tmp_path: Path) -> None:
     assert f"![{title}](main.svg)" in page
 
 
+def test_a_variant_is_drawn_beside_the_main_runs_of_its_seeds(tmp_path: Path) -> None:
+    """As its difference is taken: another seed of the main run would set the curves apart."""
+    write(tmp_path, "main", 1)
+    write(tmp_path, "main", 2, 0.3)
+    write(tmp_path, "no_kl", 1)
+    write_pages(study(tmp_path))
+    root = ET.parse(tmp_path / "results" / "variants.svg").getroot()
+    main, variant = (path.attrib["d"] for path in root.iter("{http://www.w3.org/2000/svg}path"))
+    assert main == variant
+    assert "| 0.000 |" in (tmp_path / "results" / "README.md").read_text()
+
+
 def test_a_validation_without_a_task_leaves_out_that_step(tmp_path: Path) -> None:
     file = write(tmp_path, "main", 1)
     found = json.loads(file.read_text())
