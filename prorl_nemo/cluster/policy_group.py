@@ -93,7 +93,7 @@ class _RankActor:
             pieces = worker.export_pieces()
             if file is None:
                 yield from pack_buckets(pieces, limit=limit, first=worker.publishes)
-                yield WeightBucket(())  # For `check_sent`, which fetches the last one.
+                yield WeightBucket(())  # For `_check_sent`, which fetches the last one.
                 return
             self.memory = self.memory or SharedWeights(file, *worker.tensor_rank)
             yield from self.memory.pack_buckets(pieces, limit=limit)
@@ -261,9 +261,9 @@ class PolicyGroup:
         if transfer == "broadcast":
             self.check_alive()  # What a sender raises may be the loss of an engine.
         else:
-            self.check_sent()
+            self._check_sent()
 
-    def check_sent(self) -> None:
+    def _check_sent(self) -> None:
         """Raise what a rank raised while it sent its weights, which is the last its stream held."""
         self._get(list(self._last_parts.values()))
 

@@ -90,7 +90,8 @@ def required_bytes(recipe: Recipe, spec: ModelSpec) -> int:
     workers = recipe.rollout.tensor_parallel
     each = workers + 1 if workers > 1 else 1  # An engine's own process, and its workers'.
     processes = (recipe.policy.ranks + recipe.rollout.engines * each + 1) * _PROCESS_BYTES
-    # A checkpoint that is written while training goes on: weights, reference, optimizer.
+    # The copy of weights, reference and optimizer that a checkpoint is written from, beside a step
+    # where that goes on meanwhile; otherwise in the room that the step's activations leave.
     copies = (2 * weight + 12) * recipe.policy.data_parallel if recipe.checkpoint.background else 0
     return spec.parameters * (replicated + sharded + engines + copies) + cache + processes
 

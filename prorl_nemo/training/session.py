@@ -24,7 +24,6 @@ from prorl_nemo.megatron.layout import read_model_spec
 from prorl_nemo.recipe import Recipe
 from prorl_nemo.rewards.pool import GraderPool
 from prorl_nemo.rewards.sandbox.probe import working_backend
-from prorl_nemo.rollout.complete_weights import EngineError
 from prorl_nemo.rollout.engine_settings import EngineSettings
 from prorl_nemo.rollout.fleet import Fleet
 from prorl_nemo.training.batch import TrainingBatch
@@ -49,14 +48,9 @@ class Session:
         Raises:
             PolicyError: a trainer rank was lost, or lost another; the engines then lack tensors.
         """
-        try:
-            transfer = self.recipe.rollout.weight_transfer
-            again = self.policy.weights if transfer == "broadcast" else None
-            self.fleet.update_weights(version, self.policy.weights(transfer), again)
-        except EngineError:
-            self.policy.check_alive()
-            self.policy.check_sent()
-            raise
+        transfer = self.recipe.rollout.weight_transfer
+        again = self.policy.weights if transfer == "broadcast" else None
+        self.fleet.update_weights(version, self.policy.weights(transfer), again)
         self.version = version
 
     def hardware_figures(self, batch: TrainingBatch, seconds: float) -> dict[str, float]:
