@@ -19,6 +19,8 @@ _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 _NORMAL95 = 1.95996
 # Odds against chance at which a prompt counts as solved or lost beyond doubt.
 _BEYOND_CHANCE = 0.01
+# Runs that differ by less agree: figures are kept to five digits, and come in steps of a sample.
+_AGREE = 1e-9
 # Validations averaged where single ones would compare noise.
 WINDOW = 4
 CONTRADICTS = "contradicts the paper"
@@ -36,6 +38,20 @@ class Estimate:
     mean: float
     half_width: float | None
     runs: int
+
+    @property
+    def agree(self) -> bool:
+        """Several runs with one value: its interval has no width, and says nothing. Figures are
+        counted in prompts and samples, so a few runs may meet by chance."""
+        return self.half_width is not None and self.half_width < _AGREE
+
+    @property
+    def side(self) -> int:
+        """Of zero that the interval lies on: 1 above, -1 below, 0 if it holds zero or says
+        nothing."""
+        if self.half_width is None or self.agree or abs(self.mean) <= self.half_width:
+            return 0
+        return 1 if self.mean > 0 else -1
 
     def within(self, low: float, high: float) -> tuple[float, float]:
         """The interval's ends, cut where the figure cannot be: a score is in [0, 1]."""
@@ -87,10 +103,9 @@ def series(result: Result, key: str, source: str = "validation") -> list[tuple[i
     return [(step, value) for step, value in pairs if value is not None]
 
 
-def around(result: Result, step: int, key: str) -> float:
-    """Mean of a validation figure over the last `WINDOW` validations up to a step.
-
-    Step 0 is never averaged with later ones.
+def window(result: Result, step: int, key: str) -> list[tuple[int, float]]:
+    """The last `WINDOW` validations up to a step that have a figure; step 0 is never among later
+    ones.
 
     Raises:
         ValueError: there is none.
@@ -98,7 +113,12 @@ def around(result: Result, step: int, key: str) -> float:
     rows = [(at, value) for at, value in series(result, key) if at <= step and (at or not step)]
     if not rows:
         raise ValueError(f"{result.get('run')}: no validation of {key} up to step {step}")
-    return statistics.fmean(value for _, value in rows[-WINDOW:])
+    return rows[-WINDOW:]
+
+
+def around(result: Result, step: int, key: str) -> float:
+    """Mean of a validation figure over the `window` up to a step."""
+    return statistics.fmean(value for _, value in window(result, step, key))
 
 
 def curve(
@@ -156,12 +176,12 @@ def sure_count(samples: int) -> int:
     """Fewest right ones of n samples that differ beyond chance from none of n others.
 
     Fisher's exact test, one-sided: given c right ones in all, the chance that all fell on one side
-    is C(n, c) / C(2n, c).
+    is C(n, c) / C(2n, c). Of fewer than five samples no count does: one more than there are.
     """
     for count in range(1, samples + 1):
         if math.comb(samples, count) / math.comb(2 * samples, count) < _BEYOND_CHANCE:
             return count
-    return samples
+    return samples + 1
 
 
 def pass_at(counts: Iterable[int], samples: int, k: int) -> float:
@@ -182,9 +202,11 @@ def verdict(found: Estimate, expected: str | None) -> str:
         return "the paper does not say"
     if found.half_width is None:
         return "one run: not decided"
-    if abs(found.mean) <= found.half_width:
+    if found.agree:
+        return "runs agree to the digit: not decided"
+    if not found.side:
         return "not decided"
-    return "as the paper" if (found.mean > 0) == (expected == "higher") else CONTRADICTS
+    return "as the paper" if (found.side > 0) == (expected == "higher") else CONTRADICTS
 
 
 def by_task(counts: Mapping[str, int]) -> dict[str, dict[str, int]]:

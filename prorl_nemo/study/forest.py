@@ -9,6 +9,7 @@ from prorl_nemo.reporting.figure import STYLE, ticks
 from prorl_nemo.study.analysis import Estimate
 
 _WIDTH, _LEFT, _RIGHT, _TOP, _ROW = 860, 190, 700, 62, 26  # pixels
+_COLOURS = {0: "c0", 1: "c2", -1: "c4"}
 
 
 def draw_forest(rows: Sequence[tuple[str, Estimate]], title: str) -> str:
@@ -48,7 +49,7 @@ def draw_forest(rows: Sequence[tuple[str, Estimate]], title: str) -> str:
         half = found.half_width or 0.0
         parts += [
             # Green or red only where the interval does not hold zero.
-            f'<g class="{_colour(found)}">',
+            f'<g class="{_COLOURS[found.side]}">',
             f'<line class="curve" x1="{x(found.mean - half):.1f}" y1="{y}" '
             f'x2="{x(found.mean + half):.1f}" y2="{y}"/>',
             f'<circle class="dot" cx="{x(found.mean):.1f}" cy="{y}" r="4.5"/>',
@@ -59,9 +60,3 @@ def draw_forest(rows: Sequence[tuple[str, Estimate]], title: str) -> str:
             + "</text>",
         ]
     return "\n".join([*parts, "</svg>", ""])
-
-
-def _colour(found: Estimate) -> str:
-    if found.half_width is None or abs(found.mean) <= found.half_width:
-        return "c0"
-    return "c2" if found.mean > 0 else "c4"

@@ -15,6 +15,7 @@ from prorl_nemo.study.analysis import (
     intervals,
     series,
     verdict,
+    window,
 )
 from prorl_nemo.study.blocks import Block, Cards, Figure, Heading, Table, Text
 from prorl_nemo.study.forest import draw_forest
@@ -190,21 +191,27 @@ def _limits(result: dict[str, Any]) -> str:
 
 
 def _two_limits(result: dict[str, Any], first: int, last: int) -> str:
-    """Says so where the validations of two steps had different response limits."""
+    """Says so where the validations averaged at two steps had different response limits."""
     by_step = _limit_by_step(result)
-    before, after = by_step[max(0, first - 1)], by_step[last - 1]
-    if before == after:
+    before, after = (
+        " and ".join(dict.fromkeys(str(by_step[max(0, at - 1)]) for at, _ in averaged))
+        for averaged in (window(result, step, SCORE) for step in (first, last))
+    )
+    if before == after and " and " not in after:
         return f"both ends are measured with {after} tokens of response."
     return f"the response limit differs, {before} tokens at its start, {after} at its end."
 
 
 def _limit_by_step(result: dict[str, Any]) -> list[int]:
-    """Of steps 1, 2, ..."""
-    recipe = result["recipe"]
+    """Of steps 1, 2, ... of the run, whose stages may have ended early."""
+    recipe, events = result["recipe"], result["events"]
+    starts = {e["step"]: e["stage"] for e in events if e["event"] == "stage_started"}
     limits: list[int] = []
-    for stage in recipe["stages"]:
-        limit = stage["max_response_tokens"] or recipe["rollout"]["max_response_tokens"]
-        limits += [limit] * stage["steps"]
+    stage = 0
+    for step in range(1, result["steps"] + 1):
+        stage = starts.get(step, stage)
+        own = recipe["stages"][stage]["max_response_tokens"]
+        limits.append(own or recipe["rollout"]["max_response_tokens"])
     return limits
 
 

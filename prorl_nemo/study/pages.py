@@ -16,7 +16,8 @@ PAGE = "study.html"
 _TITLE = "What prolonged RL does"
 _SAYS = (
     "± is a 95 % interval over seeds (Student's t): what another run would give on the same "
-    "held-out prompts. A verdict needs an interval without zero."
+    "held-out prompts. A verdict needs an interval without zero. Seeds that agree to the digit "
+    "have ± 0.000 and decide nothing: figures are counted in prompts and samples, so some meet."
 )
 
 

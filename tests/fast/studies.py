@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ def write(folder: Path, name: str, seed: int, shift: float = 0.0, **changes: Any
         "start": start,
         "end": end,
     }
+    firsts = itertools.accumulate((stage.steps for stage in recipe.stages[:-1]), initial=1)
     flat = {
         "pass": 0.9,
         "never_trained/mean": 0.3,
@@ -107,6 +109,10 @@ def write(folder: Path, name: str, seed: int, shift: float = 0.0, **changes: Any
             "rollout/generated_tokens": [50000.0, 70000.0],
         },
         "events": [
+            *(
+                {"step": first, "event": "stage_started", "stage": stage}
+                for stage, first in enumerate(firsts)
+            ),
             {"step": 150, "event": "reference_reset", "trigger": "kl_spike"},
             {"step": 1150, "event": "reference_reset", "trigger": "interval"},
         ],

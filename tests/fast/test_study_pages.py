@@ -31,6 +31,8 @@ def test_forest_by_hand() -> None:
         ("a", Estimate(0.2, 0.1, 3)),
         ("<b>", Estimate(-0.1, 0.2, 3)),
         ("c", Estimate(0.0, None, 1)),
+        ("d", Estimate(-0.1, 0.05, 3)),
+        ("e", Estimate(-0.1, 0.0, 3)),
     ]
     root = ET.fromstring(draw_forest(rows, "t"))
     dots = [float(dot.attrib["cx"]) for dot in root.iter("{http://www.w3.org/2000/svg}circle")]
@@ -38,7 +40,7 @@ def test_forest_by_hand() -> None:
     assert dots[2] == pytest.approx(445.0)
     assert dots[0] - 445 == pytest.approx(2 * (445 - dots[1]), abs=0.2)
     classes = [g.attrib["class"] for g in root.iter("{http://www.w3.org/2000/svg}g")]
-    assert classes == ["c2", "c0", "c0"]
+    assert classes == ["c2", "c0", "c0", "c4", "c0"]
     texts = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
     assert "+0.200 ± 0.100" in texts and "<b>" in texts and "+0.000, one run" in texts
     assert any("Green: above zero" in (text or "") for text in texts)
@@ -80,8 +82,9 @@ def test_pages(tmp_path: Path) -> None:
     # And the paired gains, of the run and of its last third.
     assert "| 0.410 ± 0.127 | 0.200 ± 0.000 | 0.050 ± 0.000 |" in page
     # All of the seeds gain the same: 0.3 over the run. Half of that in the means of windows.
-    assert "| validation rises over the run | 0.200 ± 0.000 | as the paper |" in page
-    assert "| tasks never trained on gain as well | 0.000 ± 0.000 | not decided |" in page
+    agree = "runs agree to the digit: not decided"
+    assert f"| validation rises over the run | 0.200 ± 0.000 | {agree} |" in page
+    assert f"| tasks never trained on gain as well | 0.000 ± 0.000 | {agree} |" in page
     assert "| **arithmetic** | 0.500 ± 0.000 | 0.500 ± 0.000 | 0.000 ± 0.000 |" in page
     assert "| aiw (unseen) | 0.250 ± 0.000 |" in page
     assert "| **all** | 2.0 | 1.0 | 1.0 | 1.0 | 0.0 | 0.0 |" in page
@@ -187,9 +190,23 @@ def test_gains_measured_with_two_limits_are_said_to_be(tmp_path: Path) -> None:
     write(tmp_path, "main", 1)
     write_pages(study(tmp_path))
     page = (tmp_path / "results" / "README.md").read_text()
-    differs = "the response limit differs, 48 tokens at its start, 72 at its end."
+    # The last third begins with the validations of steps 100 and 200, and ends with 300's too.
+    differs = "the response limit differs, 48 tokens at its start, 48 and 72 at its end."
     assert f"paired by seed: {differs}" in page and f"Gain over the run: {differs}" in page
     assert "of its stage: 48 tokens up to step 200, 72 tokens up to step 300." in page
+
+
+def test_limits_are_those_of_stages_that_ended_early(tmp_path: Path) -> None:
+    stages = [{"steps": 200, "max_response_tokens": 48}, {"steps": 100, "max_response_tokens": 72}]
+    raw = small_recipe(tmp_path, stages=stages).model_dump(mode="json")
+    (tmp_path / "recipe.yaml").write_text(json.dumps(raw))
+    events = [{"step": step, "event": "stage_started", "stage": i} for i, step in ((0, 1), (1, 51))]
+    write(tmp_path, "main", 1, events=events, steps=150)
+    write_pages(study(tmp_path))
+    page = (tmp_path / "results" / "README.md").read_text()
+    assert "of its stage: 48 tokens up to step 50, 72 tokens up to step 150." in page
+    assert "paired by seed: both ends are measured with 72 tokens of response." in page
+    assert "Gain over the run: the response limit differs, 48 tokens at its start, 72" in page
 
 
 def test_html_shows_text_as_text() -> None:
