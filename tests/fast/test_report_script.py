@@ -201,13 +201,15 @@ class Element {
   *all() { yield this; for (const c of this.children) if (c.tag) yield* c.all(); }
 }
 const ids = { main: new Element("main"), data: new Element("script") };
+const window = new Element("window");
+let inSight = true;
 const document = {
   createElement: (tag) => new Element(tag), createElementNS: (_, tag) => new Element(tag),
   getElementById: (id) => ids[id] ?? every((e) => e.attributes.id === id)[0] ?? null,
 };
 class IntersectionObserver {
   constructor(handler) { this.handler = handler; }
-  observe(target) { this.handler([{ target, isIntersecting: true }]); }
+  observe(target) { this.handler([{ target, isIntersecting: inSight }]); }
 }
 class ResizeObserver { observe() {} }
 const requestAnimationFrame = (handler) => { handler(); return null; };
@@ -218,13 +220,13 @@ const tag = (name) => every((e) => e.tag === name);
 HOSTILE = "</script><img src=x onerror=alert(1)> <think>a</think> \u2028 ${x}"
 
 
-def open_page(run_dirs: list[Path], out: Path) -> Engine:
-    """The written file's own data and scripts, run as a browser would."""
+def open_page(run_dirs: list[Path], out: Path, before: str = "") -> Engine:
+    """The written file's own data and scripts, run as a browser would after `before`."""
     write_report(run_dirs, out)
     text = out.read_text("utf-8")
     data = text.split('id="data">')[1].split("</script>")[0]
     engine = Engine()
-    engine.run(DOM)
+    engine.run(DOM + before)
     engine.run(f"ids.data.textContent = {json.dumps(data)}")
     script = text.split("<script>")[1].split("</script>")[0]
     assert script == "\n".join((ASSETS / name).read_text() for name in SCRIPTS)
@@ -304,6 +306,14 @@ def test_the_page_of_several_runs(tmp_path: Path) -> None:
     page.run("const focus = tag('select')[0]; focus.selectedIndex = 2; focus.fire('change')")
     assert "Events · c" in page.run("ids.main.textContent")
     assert "stages.0.steps" in page.run("ids.main.textContent")
+
+
+def test_curves_out_of_sight_are_drawn_for_paper(tmp_path: Path) -> None:
+    page = open_page([page_run(tmp_path / "one")], tmp_path / "out.html", "inSight = false;")
+    drawn = "page.charts.filter((chart) => chart.plot.children.length).length"
+    assert page.run(drawn) == 0
+    page.run("window.fire('beforeprint')")
+    assert page.run(drawn) == page.run("page.charts.length") > 5
 
 
 def test_a_run_of_one_step(tmp_path: Path) -> None:
