@@ -48,7 +48,9 @@ def ablation_blocks(study: Study, found: Mapping[str, Runs]) -> list[Block]:
             [result for seed, result in of.items() if seed in shared or not shared]
             for of in (main, runs)
         ]
-        panels.append(Panel(variant.name, [_mean(of, step, i) for i, of in enumerate(pair)]))
+        single = [_mean([r], step, i, thin=True) for i, of in enumerate(pair) for r in of]
+        curves = [*single, *(_mean(of, step, i) for i, of in enumerate(pair))]
+        panels.append(Panel(variant.name, curves, from_zero=False))
         apart = difference(_at(runs, step, SCORE), _at(main, step, SCORE))
         if apart:
             forest.append((variant.name, apart))
@@ -67,7 +69,7 @@ def ablation_blocks(study: Study, found: Mapping[str, Runs]) -> list[Block]:
         if forest
         else []
     )
-    beside = "Mean score on trained tasks, same seeds: main run (blue), variant (orange)"
+    beside = "Mean score on trained tasks, runs and their mean: main run (blue), variant (orange)"
     head = ["variant", "question", "seeds"]
     k = next(iter(main.values()))["recipe"]["validation"]["samples"]
     for name in ("mean", f"pass@{k}", "unseen, mean", "tokens"):
@@ -85,9 +87,9 @@ def ablation_blocks(study: Study, found: Mapping[str, Runs]) -> list[Block]:
     ]
 
 
-def _mean(results: list[Any], step: int, colour: int) -> Curve:
+def _mean(results: list[Any], step: int, colour: int, thin: bool = False) -> Curve:
     points = [(at, value.mean) for at, value in curve(results, SCORE, last=step)]
-    return Curve(points, colour)
+    return Curve(points, colour, thin)
 
 
 def _row(name: str, question: str, runs: Runs, main: Runs, step: int) -> list[str]:

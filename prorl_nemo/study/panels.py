@@ -40,11 +40,17 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """One chart. `marks`: steps with a dotted line."""
+    """One chart.
+
+    Attributes:
+    marks: steps with a dotted line.
+    from_zero: zero is in sight; else what differs between curves is as large as it can be.
+    """
 
     title: str
     curves: Sequence[Curve]
     marks: Sequence[int] = ()
+    from_zero: bool = True
 
 
 def draw_panels(panels: Sequence[Panel], title: str, columns: int = 3) -> str:
@@ -69,10 +75,14 @@ def draw_panels(panels: Sequence[Panel], title: str, columns: int = 3) -> str:
 
 def _panel(panel: Panel, left: float, top: float, width: float, last: int) -> list[str]:
     values = [value for curve in panel.curves for _, value in curve.points]
-    low, high = min(0.0, *values), max(values)
+    low, high = min(values), max(values)
+    if panel.from_zero:
+        low = min(0.0, low)
     if high <= low:
         high = low + (abs(low) or 1.0)
-    high += 0.05 * (high - low)
+    space = 0.05 * (high - low)
+    high += space
+    low -= 0.0 if panel.from_zero else space
     x0, x1, y0, y1 = left + _LEFT, left + width - 20, top + ROW - _BOTTOM - 14, top + _TOP
 
     def x(step: float) -> float:

@@ -69,6 +69,18 @@ def test_panels_by_hand() -> None:
     assert [float(mark.attrib["x1"]) for mark in marks] == [221.5]
 
 
+def test_panels_with_and_without_zero() -> None:
+    """The plot is 108 pixels high; 5 % of the range is left above, without zero below too."""
+    curve = Curve([(0, 0.5), (1, 0.6)])
+    heights = []
+    for panel in (Panel("a", [curve]), Panel("a", [curve], from_zero=False)):
+        root = ET.fromstring(draw_panels([panel], "t"))
+        (path,) = (path.attrib["d"] for path in root.iter("{http://www.w3.org/2000/svg}path"))
+        first, last = (float(point.split()[1]) for point in path.removeprefix("M").split("L"))
+        heights.append(first - last)
+    assert heights == pytest.approx([108 * 0.1 / 0.63, 108 * 0.1 / 0.11], abs=0.11)
+
+
 def test_pages(tmp_path: Path) -> None:
     assert not write_pages(study(tmp_path)) and not (tmp_path / "results").exists()
     for seed, shift in ((1, 0.0), (2, 0.02)):
@@ -159,8 +171,9 @@ def test_a_variant_is_drawn_beside_the_main_runs_of_its_seeds(tmp_path: Path) ->
     write(tmp_path, "no_kl", 1)
     write_pages(study(tmp_path))
     root = ET.parse(tmp_path / "results" / "variants.svg").getroot()
-    main, variant = (path.attrib["d"] for path in root.iter("{http://www.w3.org/2000/svg}path"))
-    assert main == variant
+    paths = [path.attrib["d"] for path in root.iter("{http://www.w3.org/2000/svg}path")]
+    # A run of each, and their means.
+    assert len(paths) == 4 and len(set(paths)) == 1
     assert "| 0.000 |" in (tmp_path / "results" / "README.md").read_text()
 
 
@@ -197,14 +210,14 @@ def test_gains_measured_with_two_limits_are_said_to_be(tmp_path: Path) -> None:
 
 
 def test_limits_are_those_of_stages_that_ended_early(tmp_path: Path) -> None:
-    stages = [{"steps": 200, "max_response_tokens": 48}, {"steps": 100, "max_response_tokens": 72}]
+    stages = [{"steps": 200, "max_response_tokens": 48}, {"steps": 250, "max_response_tokens": 72}]
     raw = small_recipe(tmp_path, stages=stages).model_dump(mode="json")
     (tmp_path / "recipe.yaml").write_text(json.dumps(raw))
     events = [{"step": step, "event": "stage_started", "stage": i} for i, step in ((0, 1), (1, 51))]
-    write(tmp_path, "main", 1, events=events, steps=150)
+    write(tmp_path, "main", 1, events=events, steps=300)
     write_pages(study(tmp_path))
     page = (tmp_path / "results" / "README.md").read_text()
-    assert "of its stage: 48 tokens up to step 50, 72 tokens up to step 150." in page
+    assert "of its stage: 48 tokens up to step 50, 72 tokens up to step 300." in page
     assert "paired by seed: both ends are measured with 72 tokens of response." in page
     assert "Gain over the run: the response limit differs, 48 tokens at its start, 72" in page
 
