@@ -222,11 +222,13 @@ def _exponent(node: ast.expr) -> float:
             return float(value)
         case ast.UnaryOp(operand=operand):
             return _exponent(operand)
-        case ast.BinOp(op=ast.Mult(), left=left, right=right):
-            return _exponent(left) * _exponent(right)
-        case ast.BinOp(op=ast.Div(), left=left, right=right):
-            divisor = _exponent(right)
-            return _exponent(left) / divisor if divisor else math.inf
+        case ast.BinOp(op=ast.Mult() | ast.Div() as op, left=left, right=right):
+            a, b = _exponent(left), _exponent(right)
+            divides = isinstance(op, ast.Div)
+            # What is not known stays so: 10**8 / (3 - 2) is no 0.
+            if math.inf in (abs(a), abs(b)) or (divides and b == 0):
+                return math.inf
+            return a / b if divides else a * b
         case ast.Name(id=name) if len(name) == 1:
             return 1.0
     return math.inf

@@ -102,6 +102,9 @@ HOSTILE = [
     "2**(9**9)",
     "2**(60*60*60*60*60)",
     "2**(1/0.000000001)",
+    "9**(99999999/(3-2))",
+    "9**(1/(1-0.99999999))",
+    "9**(0*(1-2)*99999999/(3-2))",
     "(((9**64)**64)**64)**64",
     "-" * 1000 + "1**99",
     "(lambda: 1)()",
@@ -126,19 +129,22 @@ HOSTILE = [
 @pytest.mark.parametrize("answer", HOSTILE)
 @pytest.mark.parametrize("task", ["countdown", "simple_integration", "n_queens"])
 def test_hostile_answers_never_reach_a_scorer(task: str, answer: str) -> None:
+    reached: list[str] = []
+
     class Scorer:
         def score_answer(self, answer: str, entry: dict[str, Any]) -> float:
-            # What passes the gate must be harmless: a literal, or no Python at all.
-            try:
-                tree = ast.parse(answer, mode="eval")
-            except (SyntaxError, ValueError, MemoryError, RecursionError):
-                assert task == "n_queens"
-                return 0.0
-            assert task == "n_queens" or len(answer) > 120
-            ast.literal_eval(tree)
+            reached.append(answer)  # Judged below: what a scorer raises is only a zero.
             return 0.0
 
     assert logic.score(task, Scorer(), answer, {"answer": "gold"}).score == 0.0
+    for text in reached:
+        # What passes the gate must be harmless: a literal, or no Python at all.
+        try:
+            tree = ast.parse(text, mode="eval")
+        except (SyntaxError, ValueError, MemoryError, RecursionError):
+            assert task == "n_queens"
+            continue
+        ast.literal_eval(tree)
 
 
 @pytest.mark.parametrize(
